@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.20")
+
+
+if "methods" not in config:
+
+    configfile: "config/quick.yaml"
+
+
+report: "bench/report/workflow.rst"
+
+
+include: "bench/rules/common.smk"
+include: "bench/rules/data.smk"
+include: "bench/rules/train.smk"
+
+
+for baseline in sorted(Path(workflow.basedir).glob("baselines/*/rules.smk")):
+
+    include: str(baseline)
+
+
+include: "bench/rules/certify.smk"
+include: "bench/rules/tables.smk"
+include: "bench/rules/figures.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        rules.tables.output,
+        rules.figures.output,

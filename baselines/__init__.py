@@ -1,0 +1,1 @@
+"""Baselines: one folder each, with the rules that make its model folders."""

@@ -1,0 +1,29 @@
+"""DnCNN (Zhang et al. 2017), the denoiser of denoised smoothing."""
+
+import torch
+from torch import Tensor, nn
+
+
+class DnCNN(nn.Module):
+    """Predicts the noise with `depth` 3x3 convolutions of `width` channels and subtracts it.
+
+    Salman et al. use depth 17 and width 64.
+    """
+
+    def __init__(self, channels: int, depth: int, width: int):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        for _ in range(depth - 2):
+            inner = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            layers += [inner, nn.BatchNorm2d(width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Denoised pixels `(B, C, H, W)`, in float32 whatever the weights' type."""
+        dtype = self.layers[0].weight.dtype
+        noise: Tensor = self.layers(noisy.to(dtype))  # type: ignore[arg-type]
+        return noisy - noise.float()
+
+    def to_bfloat16(self) -> None:
+        """Run the convolutions in bfloat16; the subtraction stays in float32."""
+        self.layers.to(torch.bfloat16, memory_format=torch.channels_last)

@@ -1,0 +1,11 @@
+use rule train as train_denoiser with:
+    input:
+        data=DATA,
+        base=BASE,
+        code=[*TRAIN_CODE, *code_of("baselines/denoised_smoothing")],
+    params:
+        program="baselines.denoised_smoothing.train",
+        base=base_option,
+        expect=planned_training,
+    wildcard_constraints:
+        method=methods_of("denoised_smoothing"),

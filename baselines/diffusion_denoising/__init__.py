@@ -1,0 +1,1 @@
+"""Diffusion-denoised smoothing (Carlini et al. 2023): one denoising step of a diffusion model."""

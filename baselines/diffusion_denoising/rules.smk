@@ -1,0 +1,42 @@
+rule train_diffusion:
+    input:
+        data=DATA,
+        code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
+    output:
+        unet=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/diffusion_pytorch_model.safetensors",
+        cost=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/cost.json",
+    params:
+        folder=subpath(output.unet, parent=True),
+        expect=lambda wildcards: EXPERIMENT.training_fingerprint(
+            wildcards.method, 0.0, int(wildcards.seed)
+        ),
+    log:
+        f"{RESULTS}/logs/train_diffusion/{{method}}/seed_{{seed}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/train_diffusion/{{method}}/seed_{{seed}}.tsv"
+    priority: 100
+    wildcard_constraints:
+        method=methods_of("diffusion_denoising"),
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=EXPERIMENT.gpus_per_job,
+    shell:
+        "python -m baselines.diffusion_denoising.train --experiment {EXPERIMENT_FILE}"
+        " --method {wildcards.method} --sigma 0 --seed {wildcards.seed}"
+        " --output {params.folder} --expect {params.expect}"
+        " > {log} 2>&1"
+
+
+use rule train as assemble_diffusion with:
+    input:
+        data=DATA,
+        base=BASE,
+        unet=rules.train_diffusion.output,
+        code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
+    params:
+        program="baselines.diffusion_denoising.assemble",
+        base=base_option,
+        expect=planned_training,
+    priority: 90
+    wildcard_constraints:
+        method=methods_of("diffusion_denoising"),

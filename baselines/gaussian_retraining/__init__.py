@@ -1,0 +1,1 @@
+"""Full randomized-smoothing retraining (Cohen et al. 2019)."""

@@ -1,0 +1,132 @@
+"""A timm model with its preprocessing is a classifier of native pixels."""
+
+import importlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.config import BackboneSettings
+from bench.errors import BenchError
+
+# Components named in a model folder come from this checkout, never from elsewhere.
+TRUSTED_PACKAGES = ("bench.", "baselines.")
+
+
+class Classifier(nn.Module):
+    """Denoise, resize, normalise, classify; noise enters before all of it.
+
+    `forward` maps `(B, C, H, W)` float32 pixels in [0, 1] plus noise, never clamped, to
+    `(B, K)` float32 logits.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        input_size: int | None = None,
+        denoiser: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.network = network
+        self.input_size = input_size
+        shape = (1, len(mean), 1, 1)
+        self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits `(B, K)` in float32."""
+        if self.denoiser is not None:
+            pixels = self.denoiser(pixels)
+        return self.classify(pixels)
+
+    def classify(self, pixels: Tensor) -> Tensor:
+        """Logits of `pixels`, the denoiser left out."""
+        if self.input_size is not None:
+            size = (self.input_size, self.input_size)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        normalised = (pixels - self.mean) / self.std
+        dtype = next(self.network.parameters()).dtype
+        features = self.network.forward_features(normalised.to(dtype))  # type: ignore[operator]
+        pooled = self.network.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        # bf16 logits tie often and argmax then favours low classes, so the head is float32.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return head_of(self.network)(pooled.float())
+
+    def for_inference(self, precision: str) -> "Classifier":
+        """Set evaluation mode and cast the network (not its head) to `precision`."""
+        self.eval().requires_grad_(False)
+        if precision == "bfloat16":
+            self.network.bfloat16()
+            head_of(self.network).float()
+            # A denoiser says itself what of it runs in bfloat16.
+            if self.denoiser is not None and hasattr(self.denoiser, "to_bfloat16"):
+                self.denoiser.to_bfloat16()  # type: ignore[operator]
+        return self
+
+
+def head_of(network: nn.Module) -> nn.Module:
+    """The classification head of a timm model."""
+    head: nn.Module = network.get_classifier()  # type: ignore[operator]
+    return head
+
+
+def create_network(settings: BackboneSettings, classes: int, channels: int) -> nn.Module:
+    """Build the timm network.
+
+    Raises:
+        BenchError: timm does not know the name or refuses an argument.
+    """
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(
+            settings.timm,
+            pretrained=settings.pretrained,
+            **{"in_chans": channels, "num_classes": classes, **settings.arguments},
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise BenchError(
+            f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}: "
+            f"timm cannot build it ({error}); `timm.list_models()` lists the names"
+        ) from None
+    return network
+
+
+def create_classifier(settings: BackboneSettings, classes: int, channels: int) -> Classifier:
+    """Build the classifier that the experiment's backbone settings describe."""
+    network = create_network(settings, classes, channels)
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if len(mean) != channels:
+        mean, std = (0.5,) * channels, (0.5,) * channels
+    return Classifier(network, mean, std, settings.input_size)
+
+
+def set_fused_attention(network: nn.Module, fused: bool) -> None:
+    """Switch timm's fused attention: CPU training and FLOP counts need it off."""
+    for module in network.modules():
+        if isinstance(getattr(module, "fused_attn", None), bool):
+            module.fused_attn = fused  # type: ignore[assignment]
+
+
+def build_component(factory: str, arguments: dict[str, Any]) -> nn.Module:
+    """Build the module that a model folder names as `package.module:Class`.
+
+    Raises:
+        BenchError: the name lies outside this project or cannot be built.
+    """
+    module_name, _, attribute = factory.partition(":")
+    if not module_name.startswith(TRUSTED_PACKAGES):
+        raise BenchError(f"{factory!r} is not part of bench or baselines: it is not loaded")
+    try:
+        component: nn.Module = getattr(importlib.import_module(module_name), attribute)(**arguments)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise BenchError(f"{factory!r} cannot be built with {arguments} ({error})") from None
+    return component

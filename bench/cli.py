@@ -1,0 +1,155 @@
+"""The command line: every step of the workflow, runnable without Snakemake."""
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.config import Experiment, json_schema, load_experiment
+from bench.errors import BenchError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+ExperimentFile = Annotated[Path, typer.Option("--experiment", help="Experiment file (YAML).")]
+MethodName = Annotated[str, typer.Option("--method", help="A method of the experiment.")]
+Sigma = Annotated[float, typer.Option("--sigma", help="Noise level in [0, 1] pixels.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certification.")]
+Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
+Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def experiment_with(path: Path, method: str) -> Experiment:
+    """Load an experiment that must have `method`."""
+    experiment = load_experiment(path)
+    if method not in experiment.methods:
+        known = ", ".join(experiment.methods)
+        raise BenchError(f"{path}: methods.{method} does not exist; it has {known}")
+    return experiment
+
+
+@app.command()
+def fetch(experiment: ExperimentFile) -> None:
+    """Fetch the experiment's data set and check it."""
+    from bench.data import fetch
+
+    fetch(load_experiment(experiment).data)
+
+
+@app.command()
+def pretrain(experiment: ExperimentFile, output: Output, expect: Expect = None) -> None:
+    """Train the base classifier on clean images."""
+    from bench import jobs
+
+    settings = load_experiment(experiment)
+    jobs.check_fingerprint(settings.base_fingerprint, expect)
+    jobs.pretrain(settings, output)
+
+
+@app.command()
+def train(
+    experiment: ExperimentFile,
+    method: MethodName,
+    sigma: Sigma,
+    output: Output,
+    base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
+    seed: Seed = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="Try this rate (tuning).")] = None,
+    expect: Expect = None,
+) -> None:
+    """Train one method at one sigma."""
+    from bench import jobs
+
+    settings = experiment_with(experiment, method)
+    jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
+    jobs.train(settings, method, sigma, seed, base, output, learning_rate)
+
+
+@app.command()
+def certify(
+    experiment: ExperimentFile,
+    method: MethodName,
+    sigma: Sigma,
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    output: Output,
+    seed: Seed = 0,
+    expect: Expect = None,
+) -> None:
+    """Certify a model folder on the experiment's test images."""
+    from bench import jobs
+
+    settings = experiment_with(experiment, method)
+    jobs.check_fingerprint(settings.certification_fingerprint(sigma, seed), expect)
+    jobs.certify_model(settings, method, sigma, seed, model, output)
+
+
+@app.command()
+def tables(
+    experiment: ExperimentFile,
+    output: Output,
+    log: Annotated[list[Path], typer.Option(help="Certification log; repeat.")],
+    cost: Annotated[list[Path], typer.Option(help="cost.json; repeat.")],
+) -> None:
+    """Aggregate certification logs and costs into tidy tables."""
+    from bench.tables import build_tables
+
+    build_tables(load_experiment(experiment), log, cost, output)
+
+
+@app.command()
+def figures(
+    experiment: ExperimentFile,
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    published: Annotated[Path, typer.Option(help="CSV of published results.")],
+    output: Output,
+) -> None:
+    """Draw the comparison figures."""
+    from bench.figures import draw_figures
+
+    draw_figures(load_experiment(experiment), tables, published, output)
+
+
+@app.command()
+def compare(a: Path, b: Path) -> None:
+    """Tell whether two result folders agree within their joint 95 % intervals."""
+    from bench.compare import agree, compare_results
+
+    frame = compare_results(a, b)
+    wrong = frame[~frame["agrees"]]
+    if agree(frame):
+        typer.echo(f"agree: all {len(frame)} comparisons lie within their joint intervals")
+        return
+    typer.echo(wrong.to_string(index=False))
+    raise BenchError(f"{a} and {b} disagree in {len(wrong)} of {len(frame)} comparisons")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of experiment files."""
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def run_guarded(command: typer.Typer) -> None:
+    """Run a command line; a user's mistake is one line on stderr, never a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        command()
+    except BenchError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        where = os.fspath(error.filename or Path.cwd())
+        sys.exit(f"error: no space left to write {where}: free some and rerun, it continues")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of `bench`."""
+    run_guarded(app)

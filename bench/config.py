@@ -1,0 +1,283 @@
+"""The experiment file as typed models; the JSON schema comes from them."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from bench.errors import BenchError
+from bench.files import sha256_json
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Precision = Literal["float32", "bfloat16"]
+Scalar = bool | int | float | str
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    """Which images, and where they lie."""
+
+    name: Literal["fashion_mnist", "cifar10", "cifar100", "imagenet", "image_folder"]
+    directory: str = "data"
+    image_size: PositiveInt | None = None
+    validation_images: PositiveInt = 5000
+
+
+class BackboneSettings(Settings):
+    """Any timm model; `input_size` is what images are resized to inside the classifier."""
+
+    timm: str
+    arguments: dict[str, Scalar] = {}
+    input_size: PositiveInt | None = None
+    pretrained: bool = False
+
+
+class TrainingSettings(Settings):
+    """Budget and optimizer; `images` counts the training images seen, noise draws included."""
+
+    images: PositiveInt
+    batch_size: PositiveInt = 128
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    clip_norm: PositiveFloat = 1.0
+    precision: Precision = "bfloat16"
+
+
+class PretrainSettings(TrainingSettings):
+    """Clean training of the base classifier that every other method starts from."""
+
+    learning_rate: PositiveFloat
+
+
+class TrainingOverrides(Settings):
+    """Keys of `training` that one method sets differently."""
+
+    images: PositiveInt | None = None
+    batch_size: PositiveInt | None = None
+    weight_decay: float | None = Field(default=None, ge=0)
+    precision: Precision | None = None
+
+
+class Frozen(Settings):
+    """Nothing of the base classifier changes."""
+
+    kind: Literal["frozen"] = "frozen"
+
+
+class Head(Settings):
+    """Only the classification head is trained."""
+
+    kind: Literal["head"]
+
+
+class Full(Settings):
+    """Every weight is trained, starting from the base classifier."""
+
+    kind: Literal["full"]
+
+
+class Scratch(Settings):
+    """Every weight is trained from a random start (Cohen 2019)."""
+
+    kind: Literal["scratch"]
+
+
+class Lora(Settings):
+    """Low-rank adaptation (Hu 2022) of attention and MLP layers, by peft; the head is trained."""
+
+    kind: Literal["lora"]
+    r: PositiveInt = 8
+    lora_alpha: PositiveFloat = 16
+
+
+class VptDeep(Settings):
+    """Deep visual prompt tuning (Jia 2022): `prompts` learned tokens enter every block."""
+
+    kind: Literal["vpt_deep"]
+    prompts: PositiveInt = 10
+
+
+class Adapter(Settings):
+    """Bottleneck adapters (Houlsby 2019) after attention and MLP, before the skip connection."""
+
+    kind: Literal["adapter"]
+    bottleneck: PositiveInt = 16
+
+
+Parameterization = Annotated[
+    Frozen | Head | Full | Scratch | Lora | VptDeep | Adapter, Field(discriminator="kind")
+]
+
+
+class CrossEntropy(Settings):
+    """Cross-entropy on Gaussian-noised images (Cohen 2019; eq. 4 of PEFTSmoothing)."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+
+
+class Method(Settings):
+    """One point of backbone x parameterization x objective x denoiser, as named by the user."""
+
+    label: str
+    family: str
+    baseline: Name | None = None
+    parameterization: Parameterization = Frozen()
+    objective: CrossEntropy = CrossEntropy()
+    learning_rate: PositiveFloat | None = None
+    training: TrainingOverrides = TrainingOverrides()
+    settings: dict[str, Scalar] = {}
+
+    @property
+    def trains(self) -> bool:
+        """Whether a learning rate is needed."""
+        return self.baseline is not None or self.parameterization.kind != "frozen"
+
+    @model_validator(mode="after")
+    def _learning_rate_where_trained(self) -> "Method":
+        if self.trains and self.learning_rate is None:
+            raise ValueError("learning_rate is missing: this method trains weights")
+        if self.settings and self.baseline is None:
+            raise ValueError("settings belong to a baseline: set `baseline` or remove them")
+        return self
+
+
+class CertificationSettings(Settings):
+    """Cohen's CERTIFY; the noise seed is used for certification alone."""
+
+    mode: Literal["cohen"] = "cohen"
+    n0: PositiveInt = 100
+    n: PositiveInt = 100_000
+    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    noise_seed: int = Field(default=2_000_003, ge=0)
+    test_images: PositiveInt = 500
+    batch_size: PositiveInt = 1024
+    precision: Precision = "bfloat16"
+
+    @model_validator(mode="after")
+    def _can_certify(self) -> "CertificationSettings":
+        if self.alpha ** (1 / self.n) <= 0.5:
+            raise ValueError(
+                f"n = {self.n} draws can certify nothing at alpha = {self.alpha}: "
+                "even n equal votes give a bound below 1/2; raise n (10 is the least at 0.001)"
+            )
+        return self
+
+
+class TuningSettings(Settings):
+    """One rule for all: the highest validation accuracy under noise of this sigma."""
+
+    sigma: PositiveFloat
+    learning_rates: list[PositiveFloat] = Field(min_length=1)
+
+
+class Experiment(Settings):
+    """Everything that defines an experiment's numbers."""
+
+    name: Name
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    sigmas: list[PositiveFloat] = Field(min_length=1)
+    radius_step: PositiveFloat = 0.05
+    threads_per_job: PositiveInt = 1
+    gpus_per_job: int = Field(default=0, ge=0)
+    data: DataSettings
+    backbone: BackboneSettings
+    pretrain: PretrainSettings
+    training: TrainingSettings
+    certification: CertificationSettings
+    tuning: TuningSettings
+    methods: dict[Name, Method] = Field(min_length=1)
+
+    @field_validator("sigmas", "seeds")
+    @classmethod
+    def _no_repeats(cls, values: list[Any]) -> list[Any]:
+        if len(set(values)) != len(values):
+            raise ValueError("values repeat: list each once")
+        return values
+
+    @cached_property
+    def base_fingerprint(self) -> str:
+        """Hash of the settings that define the base classifier."""
+        parts = (self.data, self.backbone, self.pretrain)
+        return sha256_json([*(part.model_dump() for part in parts), self.seeds[0]])
+
+    def method_training(self, method: str) -> TrainingSettings:
+        """`training` with the method's overrides."""
+        overrides = self.methods[method].training.model_dump(exclude_none=True)
+        return self.training.model_copy(update=overrides)
+
+    def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
+        """Hash of the settings that define one model folder (label and family do not)."""
+        point = self.methods[method].model_dump(exclude={"label", "family", "training"})
+        training = self.method_training(method).model_dump()
+        return sha256_json([self.base_fingerprint, point, training, sigma, seed])
+
+    def certification_fingerprint(self, sigma: float, seed: int) -> str:
+        """Hash of the settings that define one certification, the model's own aside."""
+        return sha256_json([self.data.name, self.certification.model_dump(), sigma, seed])
+
+
+def sigma_text(sigma: float) -> str:
+    """The one spelling of sigma in paths: at least two decimals."""
+    return f"{sigma:.2f}" if round(sigma, 2) == sigma else repr(sigma)
+
+
+def _complaints(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        lines.append(f"  {key}: {item['msg']} (found: {item['input']!r:.80})")
+    return "\n".join(lines)
+
+
+def parse_experiment(values: object, source: str) -> Experiment:
+    """Validate a mapping as an experiment.
+
+    Raises:
+        BenchError: names the file and each offending key.
+    """
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        raise BenchError(
+            f"{source} is not a valid experiment:\n{_complaints(error)}\n"
+            "config/README.md explains every key"
+        ) from None
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment file.
+
+    Raises:
+        BenchError: the file is missing, is not YAML, or breaks the schema.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path} is not valid YAML: {error}") from None
+    return parse_experiment(values, str(path))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema that Snakemake validates an experiment file against."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Experiment.model_json_schema(),
+    }

@@ -1,0 +1,63 @@
+"""What a method costs: parameters and FLOPs (2 x multiply-accumulates)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.backbones import Classifier, head_of, set_fused_attention
+
+
+def count_flops(run: Callable[[], object], *modules: nn.Module) -> int:
+    """FLOPs of `run`; fused attention is off meanwhile, since the counter does not see it."""
+    for module in modules:
+        set_fused_attention(module, False)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+def inference_flops(classifier: Classifier, shape: tuple[int, int, int]) -> int:
+    """FLOPs of one image's forward pass, denoiser included."""
+    device = next(classifier.parameters()).device
+    with torch.no_grad():
+        return count_flops(lambda: classifier(torch.zeros(1, *shape, device=device)), classifier)
+
+
+def training_flops(
+    loss: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    shape: tuple[int, int, int],
+    images: int,
+    *modules: nn.Module,
+) -> int:
+    """FLOPs of `images` training images: forward, and backward where gradients flow."""
+    device = next(modules[0].parameters()).device
+    noise = torch.Generator(device).manual_seed(0)
+    batch = 2  # batch normalisation refuses a single image at 1 x 1
+    pixels = torch.zeros(batch, *shape, device=device)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        loss(pixels, labels, noise).backward()  # type: ignore[no-untyped-call]
+
+    flops = count_flops(step, *modules)
+    for module in modules:
+        module.zero_grad()
+    return flops * images // batch
+
+
+def parameter_counts(trained: nn.Module, classifier: Classifier) -> dict[str, Any]:
+    """Trainable (with the head), trainable head and total parameters.
+
+    Args:
+        trained: the module whose parameters require gradients.
+        classifier: what is certified; its size is the total.
+    """
+    head = sum(p.numel() for p in head_of(classifier.network).parameters() if p.requires_grad)
+    return {
+        "trainable_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+        "head_parameters": head,
+        "total_parameters": sum(p.numel() for p in classifier.parameters()),
+    }

@@ -1,0 +1,182 @@
+"""The model folder: what every training writes and certification reads."""
+
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from bench.backbones import Classifier, build_component, create_classifier
+from bench.config import (
+    BackboneSettings,
+    Experiment,
+    Frozen,
+    Parameterization,
+    Scalar,
+    Settings,
+)
+from bench.data import Data
+from bench.errors import BenchError
+from bench.files import read_json, sha256_file, write_json
+from bench.parameterizations import insert_modules
+from bench.provenance import provenance
+from bench.training import TrainingRecord
+
+FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")
+
+
+class Component(Settings):
+    """A module of this project by name, with what builds it."""
+
+    factory: str
+    arguments: dict[str, Scalar | list[int]] = {}
+
+
+class ClassifierSpec(Settings):
+    """How to rebuild the classifier that `model.safetensors` fills."""
+
+    data: str
+    classes: int
+    channels: int
+    backbone: BackboneSettings
+    parameterization: Parameterization = Frozen()
+    denoiser: Component | None = None
+    noise_resolution: str = "native"
+    weights_sha256: str = ""
+
+
+class Identity(Settings):
+    """Which job of which experiment made a model folder."""
+
+    experiment: str
+    method: str
+    sigma: float
+    seed: int
+    fingerprint: str
+
+
+def identity_of(experiment: Experiment, method: str, sigma: float, seed: int) -> Identity:
+    """The identity that the folder of this method, sigma and seed must carry."""
+    fingerprint = experiment.training_fingerprint(method, sigma, seed)
+    return Identity(
+        experiment=experiment.name, method=method, sigma=sigma, seed=seed, fingerprint=fingerprint
+    )
+
+
+def spec_of(
+    experiment: Experiment,
+    data: Data,
+    parameterization: Parameterization | None = None,
+    denoiser: Component | None = None,
+) -> ClassifierSpec:
+    """The spec of a classifier on this experiment's backbone and data."""
+    return ClassifierSpec(
+        data=data.name,
+        classes=data.classes,
+        channels=data.shape[0],
+        backbone=experiment.backbone.model_copy(update={"pretrained": False}),
+        parameterization=parameterization or Frozen(),
+        denoiser=denoiser,
+    )
+
+
+def save_model(
+    folder: Path,
+    classifier: Classifier,
+    spec: ClassifierSpec,
+    identity: Identity,
+    cost: dict[str, Any],
+    training: dict[str, Any],
+    adapter: torch.nn.Module | None = None,
+) -> None:
+    """Write the model folder; `classifier.json` comes last, so a cut-off folder never loads.
+
+    Args:
+        folder: where to; files of the same names are replaced.
+        classifier: what inference runs, adapters merged where they can be.
+        spec: how to rebuild it.
+        identity: which job this is.
+        cost: `cost.json`, identity aside.
+        training: `training.json`, identity aside.
+        adapter: the peft model, saved beside in peft's own format.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classifier.json").unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        partial = Path(scratch)
+        weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
+        save_file(weights, partial / "model.safetensors")
+        if adapter is not None:
+            adapter.save_pretrained(partial)  # type: ignore[operator]
+            (partial / "README.md").unlink(missing_ok=True)
+        for path in partial.iterdir():
+            shutil.move(path, folder / path.name)
+    named = identity.model_dump()
+    write_json(folder / "training.json", {**named, **training})
+    write_json(folder / "cost.json", {**named, **cost})
+    hashed = spec.model_copy(update={"weights_sha256": sha256_file(folder / "model.safetensors")})
+    write_json(folder / "classifier.json", hashed.model_dump())
+
+
+def training_report(
+    record: TrainingRecord | None, device: torch.device, data: Data, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """`training.json`: settings, loss curve, data hash and provenance."""
+    run = asdict(record) if record else {"images": 0, "seconds": 0.0, "loss_curve": []}
+    return {"settings": settings, **run, "data_sha256": data.sha256, **provenance(device)}
+
+
+def load_classifier(folder: Path) -> Classifier:
+    """Rebuild the classifier of a model folder, in float32 on the CPU, in evaluation mode.
+
+    Raises:
+        BenchError: a file is missing, was changed or does not fit.
+    """
+    spec = read_spec(folder)
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise BenchError(f"{weights} is missing: rerun the training that writes {folder}")
+    if sha256_file(weights) != spec.weights_sha256:
+        raise BenchError(f"{weights} was changed or cut off: delete {folder} and train again")
+    classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
+    insert_modules(classifier.network, spec.parameterization)
+    if spec.denoiser is not None:
+        classifier.denoiser = build_component(spec.denoiser.factory, spec.denoiser.arguments)
+    try:
+        classifier.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise BenchError(f"{weights} does not fit {folder}/classifier.json ({error})") from None
+    return classifier.eval()
+
+
+def read_spec(folder: Path) -> ClassifierSpec:
+    """Read `classifier.json`.
+
+    Raises:
+        BenchError: it is missing or breaks the schema.
+    """
+    path = folder / "classifier.json"
+    try:
+        return ClassifierSpec.model_validate(read_json(path))
+    except ValidationError as error:
+        raise BenchError(f"{path} is not a model folder of this version:\n{error}") from None
+
+
+def check_identity(folder: Path, expected: Identity) -> None:
+    """Refuse a model folder that another experiment, method, sigma, seed or setting made.
+
+    Raises:
+        BenchError: names the first key that differs.
+    """
+    found = read_json(folder / "training.json")
+    for key, value in expected.model_dump().items():
+        if found.get(key) != value:
+            raise BenchError(
+                f"{folder}/training.json: {key} is {found.get(key)!r}, this run needs {value!r}; "
+                "the folder belongs to other settings: train again or name the right folder"
+            )

@@ -1,0 +1,47 @@
+"""Which code, versions and machine made a number."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy")
+
+
+def machine(device: torch.device) -> str:
+    """The accelerator's name, or the processor's with its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [row for row in info.read_text().splitlines() if row.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+    return answer.stdout.strip()
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Versions, git revision with dirty flag, machine and device."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "git_revision": _git("rev-parse", "HEAD") or "unknown",
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "machine": machine(device),
+        "device": device.type,
+    }
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,23 @@
+rule certify:
+    input:
+        model=f"{MODEL}/classifier.json",
+        weights=f"{MODEL}/model.safetensors",
+        data=DATA,
+        code=CERTIFY_CODE,
+    output:
+        log=f"{CERTIFICATES}.tsv",
+        protocol=f"{CERTIFICATES}.json",
+    params:
+        expect=planned_certification,
+    log:
+        f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=EXPERIMENT.gpus_per_job,
+    shell:
+        "python -m bench certify --experiment {EXPERIMENT_FILE}"
+        " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
+        " --model $(dirname {input.model}) --output {output.log}"
+        " --expect {params.expect} > {log} 2>&1"

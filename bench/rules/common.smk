@@ -1,0 +1,81 @@
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import validate
+
+# The code that runs is the one beside this Snakefile, also in a copy of the repository.
+sys.path.insert(0, workflow.basedir)
+os.environ["PYTHONPATH"] = workflow.basedir
+os.environ["TQDM_MININTERVAL"] = "30"
+
+from bench.config import load_experiment, parse_experiment, sigma_text
+from bench.errors import BenchError
+
+EXPERIMENT_FILE = workflow.configfiles[-1]
+try:
+    EXPERIMENT = load_experiment(Path(EXPERIMENT_FILE))
+    if parse_experiment(dict(config), EXPERIMENT_FILE) != EXPERIMENT:
+        raise BenchError(
+            f"{EXPERIMENT_FILE} is the whole experiment: change the file (or a copy of it, given "
+            "as --configfile) instead of using --config"
+        )
+except BenchError as error:
+    raise WorkflowError(str(error)) from None
+validate(config, "../experiment.schema.json", set_default=False)
+
+RESULTS = f"results/{EXPERIMENT.name}"
+FIGURES = f"figures/{EXPERIMENT.name}"
+MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
+CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
+SIGMAS = [sigma_text(sigma) for sigma in EXPERIMENT.sigmas]
+NEVER = r"(?!)"
+
+
+def methods_of(baseline):
+    """Pattern of the methods that a baseline (None: the generic rule) makes."""
+    chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]
+    return "|".join(chosen) or NEVER
+
+
+def code_of(*places):
+    """Python files whose edits change a stage's numbers; Snakemake does not see imports."""
+    files = []
+    for place in places:
+        path = Path(workflow.basedir) / place
+        files += sorted(path.glob("*.py")) if path.is_dir() else [path]
+    return [str(path) for path in files]
+
+
+def base_option(wildcards, input):
+    """The `--base` argument of trainings that start from the base classifier."""
+    return f"--base {Path(input.base[0]).parent}"
+
+
+def planned_training(wildcards):
+    """Fingerprint of the settings that define a model folder; a change reruns its training."""
+    return EXPERIMENT.training_fingerprint(
+        wildcards.method, float(wildcards.sigma), int(wildcards.seed)
+    )
+
+
+def planned_certification(wildcards):
+    """Fingerprint of the settings that define a certification."""
+    return EXPERIMENT.certification_fingerprint(float(wildcards.sigma), int(wildcards.seed))
+
+
+TRAIN_CODE = code_of(
+    *(f"bench/{name}.py" for name in ("backbones", "cost", "data", "objectives", "training")),
+    "bench/parameterizations",
+)
+CERTIFY_CODE = code_of(
+    "bench/backbones.py",
+    *(f"bench/smoothing/{name}.py" for name in ("bounds", "engine", "noise")),
+)
+
+
+wildcard_constraints:
+    method="|".join(EXPERIMENT.methods),
+    sigma="|".join(sigma.replace(".", r"\.") for sigma in SIGMAS),
+    seed=r"\d+",

@@ -1,0 +1,37 @@
+GRID = dict(method=list(EXPERIMENT.methods), sigma=SIGMAS, seed=EXPERIMENT.seeds)
+TABLES = f"{RESULTS}/tables"
+
+
+rule tables:
+    input:
+        logs=collect(f"{CERTIFICATES}.tsv", **GRID),
+        costs=collect(f"{MODEL}/cost.json", **GRID),
+        code=code_of("bench/tables.py", "bench/statistics.py", "bench/smoothing/log.py"),
+    output:
+        certified_accuracy=report(
+            f"{TABLES}/certified_accuracy.csv",
+            category="Tables",
+            caption="../report/certified_accuracy.rst",
+        ),
+        summary=report(
+            f"{TABLES}/summary.csv", category="Tables", caption="../report/summary.rst"
+        ),
+        cost=report(
+            f"{TABLES}/cost.csv", category="Tables", caption="../report/cost.rst"
+        ),
+        envelope=report(
+            f"{TABLES}/envelope.csv", category="Tables", caption="../report/envelope.rst"
+        ),
+        leaderboard=f"{TABLES}/leaderboard.md",
+    params:
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        costs=lambda wildcards, input: [f"--cost {path}" for path in input.costs],
+        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
+        step=EXPERIMENT.radius_step,
+    log:
+        f"{RESULTS}/logs/tables.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tables.tsv"
+    shell:
+        "python -m bench tables --experiment {EXPERIMENT_FILE} --output {TABLES}"
+        " {params.logs} {params.costs} > {log} 2>&1"

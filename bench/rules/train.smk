@@ -1,0 +1,58 @@
+rule pretrain:
+    input:
+        data=DATA,
+        code=TRAIN_CODE,
+    output:
+        multiext(
+            f"{RESULTS}/models/base/",
+            "classifier.json",
+            "model.safetensors",
+            "training.json",
+            "cost.json",
+        ),
+    params:
+        folder=subpath(output[0], parent=True),
+        expect=EXPERIMENT.base_fingerprint,
+    log:
+        f"{RESULTS}/logs/pretrain.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pretrain.tsv"
+    priority: 200
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=EXPERIMENT.gpus_per_job,
+    shell:
+        "python -m bench pretrain --experiment {EXPERIMENT_FILE}"
+        " --output {params.folder} --expect {params.expect} > {log} 2>&1"
+
+
+BASE = rules.pretrain.output
+
+
+rule train:
+    input:
+        data=DATA,
+        base=BASE,
+        code=TRAIN_CODE,
+    output:
+        classifier=f"{MODEL}/classifier.json",
+        weights=f"{MODEL}/model.safetensors",
+        training=f"{MODEL}/training.json",
+        cost=f"{MODEL}/cost.json",
+    params:
+        program="bench train",
+        base=base_option,
+        expect=planned_training,
+    log:
+        f"{RESULTS}/logs/train/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/train/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+    wildcard_constraints:
+        method=methods_of(None),
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=EXPERIMENT.gpus_per_job,
+    shell:
+        "python -m {params.program} --experiment {EXPERIMENT_FILE} {params.base}"
+        " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
+        " --output $(dirname {output.classifier}) --expect {params.expect} > {log} 2>&1"

@@ -1,0 +1,1 @@
+"""Randomized smoothing: noise, bounds, the certification engine and its logs."""

@@ -1,0 +1,137 @@
+"""The one training loop: base classifier, adapters, denoisers."""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from bench.config import TrainingSettings
+from bench.data import ImageSplit
+from bench.errors import BenchError
+from bench.progress import track
+
+# (clean images (B, C, H, W) in [0, 1], labels (B,), noise source) -> scalar loss
+BatchLoss = Callable[[Tensor, Tensor, Generator], Tensor]
+CURVE_POINTS = 50
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a training run cost and how its loss went."""
+
+    images: int
+    seconds: float
+    peak_memory_bytes: int
+    loss_curve: list[tuple[int, float]]
+
+
+def precision_context(
+    device: torch.device, precision: str
+) -> contextlib.AbstractContextManager[object]:
+    """Autocast to bfloat16 where asked, on any device."""
+    if precision == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _batches(split: ImageSplit, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """Positions of `steps` batches: every image once per epoch, in a fresh order each."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(split.labels)
+    queue = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        while len(queue) < batch_size:
+            queue = torch.cat([queue, torch.randperm(count, generator=generator)])
+        yield queue[:batch_size]
+        queue = queue[batch_size:]
+
+
+def _schedule(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then cosine to zero."""
+    warm = max(1, round(settings.warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    return factor
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fit(
+    module: nn.Module,
+    loss: BatchLoss,
+    split: ImageSplit,
+    settings: TrainingSettings,
+    learning_rate: float,
+    seed: int,
+    after_step: Callable[[], None] = lambda: None,
+) -> TrainingRecord:
+    """Minimise `loss` over the parameters of `module` that require gradients (AdamW).
+
+    Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit.
+
+    Raises:
+        BenchError: the loss is no longer finite.
+    """
+    device = next(module.parameters()).device
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    steps = max(1, settings.images // settings.batch_size)
+    optimizer = torch.optim.AdamW(
+        parameters, learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings, steps))
+    noise = torch.Generator(device).manual_seed(seed)
+    curve: list[tuple[int, float]] = []
+    begin = time.perf_counter()
+    batches = _batches(split, settings.batch_size, steps, seed)
+    for step, positions in enumerate(track(batches, steps, "training")):
+        images = split.batch(positions).to(device, non_blocking=True)
+        labels = split.labels[positions].to(device, non_blocking=True)
+        with precision_context(device, settings.precision):
+            value = loss(images, labels, noise)
+        value.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        after_step()
+        if step % max(1, steps // CURVE_POINTS) == 0 or step == steps - 1:
+            curve.append((step, _finite(value.item(), step, learning_rate)))
+    seconds = time.perf_counter() - begin
+    return TrainingRecord(steps * settings.batch_size, seconds, _peak_memory(device), curve)
+
+
+def _finite(value: float, step: int, learning_rate: float) -> float:
+    if not math.isfinite(value):
+        raise BenchError(
+            f"training loss is {value} at step {step}: lower learning_rate (now {learning_rate})"
+        )
+    return value
+
+
+@torch.inference_mode()
+def accuracy(
+    classifier: nn.Module, split: ImageSplit, sigma: float = 0.0, seed: int = 0, batch: int = 500
+) -> float:
+    """Share of `split` classified correctly under one noise draw of `sigma` per image."""
+    device = next(classifier.parameters()).device
+    noise = torch.Generator(device).manual_seed(seed)
+    hits = 0
+    for positions in torch.arange(len(split.labels)).split(batch):
+        images = split.batch(positions).to(device)
+        if sigma:
+            images = images + sigma * torch.randn(images.shape, generator=noise, device=device)
+        hits += int((classifier(images).argmax(1).cpu() == split.labels[positions]).sum())
+    return hits / len(split.labels)
