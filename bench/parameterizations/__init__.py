@@ -19,9 +19,10 @@ def adapt(network: nn.Module, settings: Parameterization) -> nn.Module:
     if settings.kind in ("frozen", "full", "scratch"):
         return network
     if isinstance(settings, Lora):
-        network = insert_lora(network, settings)
+        return insert_lora(network, settings)
+    network = insert_modules(network, settings)
     head_of(network).requires_grad_(True)
-    return insert_modules(network, settings)
+    return network
 
 
 def insert_modules(network: nn.Module, settings: Parameterization) -> nn.Module:
