@@ -1,6 +1,5 @@
 """The steps that rules run: pretrain, train, certify."""
 
-import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +29,7 @@ from bench.parameterizations import adapt
 from bench.progress import track
 from bench.provenance import machine, pick_device, provenance
 from bench.smoothing.engine import Certificate, Protocol, certify
+from bench.smoothing.log import write_log
 from bench.training import TrainingRecord, accuracy, fit
 
 BASE = "base"
@@ -252,7 +252,7 @@ def certify_model(
         "seconds": sum(row["time"] for row in rows),
         **provenance(device),
     }
-    _write_log(rows, output)
+    write_log(rows, output)
     write_json(output.with_suffix(".json"), sidecar)
     _partial(output).unlink(missing_ok=True)
 
@@ -315,10 +315,3 @@ def _resume(output: Path, meaning: str) -> list[dict[str, Any]]:
         kept = [{"meaning": meaning}, *rows]
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     return rows
-
-
-def _write_log(rows: list[dict[str, Any]], output: Path) -> None:
-    with atomic_write(output) as temporary, temporary.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -1,0 +1,79 @@
+"""Do two result folders agree within their intervals?"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bench.errors import BenchError
+
+POINT = ["method", "sigma", "seed"]
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    for path in (folder / "tables" / name, folder / name):
+        if path.exists():
+            return pd.read_csv(path)
+    raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
+
+
+def _joined(a: Path, b: Path, name: str, keys: list[str]) -> pd.DataFrame:
+    joined = _read(a, name).merge(_read(b, name), on=keys, how="outer", suffixes=("_a", "_b"))
+    return joined
+
+
+def compare_results(a: Path, b: Path) -> pd.DataFrame:
+    """Compare certified accuracy per method, sigma, seed and radius, and trained parameters.
+
+    Values agree when their difference is within the joint 95 % half width, the root of the
+    summed squares of the halves that face each other. A curve that ends earlier counts as 0
+    beyond its end; a method, sigma or seed that one side lacks is a disagreement.
+
+    Raises:
+        BenchError: a folder holds no tables.
+    """
+    curves = _joined(a, b, "certified_accuracy.csv", [*POINT, "radius"])
+    both = {
+        side: set(
+            curves.loc[curves[f"value_{side}"].notna(), POINT].itertuples(index=False, name=None)
+        )
+        for side in "ab"
+    }
+    points = [tuple(row) for row in curves[POINT].itertuples(index=False, name=None)]
+    present = np.array([point in both["a"] and point in both["b"] for point in points])
+    filled = curves.fillna({f"{c}_{s}": 0.0 for c in ("value", "low", "high") for s in "ab"})
+    a_above = filled["value_a"] > filled["value_b"]
+    half_a = np.where(
+        a_above, filled["value_a"] - filled["low_a"], filled["high_a"] - filled["value_a"]
+    )
+    half_b = np.where(
+        a_above, filled["high_b"] - filled["value_b"], filled["value_b"] - filled["low_b"]
+    )
+    table = filled[[*POINT, "radius"]].assign(
+        quantity="certified_accuracy",
+        a=filled["value_a"],
+        b=filled["value_b"],
+        difference=filled["value_a"] - filled["value_b"],
+        joint_half_width=np.hypot(half_a, half_b),
+    )
+    within = table["difference"].abs() <= table["joint_half_width"] + 1e-12
+    table["agrees"] = present & within
+    return pd.concat([table, _compare_parameters(a, b)], ignore_index=True)
+
+
+def _compare_parameters(a: Path, b: Path) -> pd.DataFrame:
+    cost = _joined(a, b, "cost.csv", POINT)
+    left, right = cost["trainable_parameters_a"], cost["trainable_parameters_b"]
+    return cost[POINT].assign(
+        quantity="trainable_parameters",
+        a=left,
+        b=right,
+        difference=left - right,
+        joint_half_width=0.0,
+        agrees=left == right,
+    )
+
+
+def agree(comparison: pd.DataFrame) -> bool:
+    """Whether no comparison disagrees."""
+    return bool(comparison["agrees"].all())

@@ -1,0 +1,170 @@
+"""Comparison figures, drawn from the tables alone."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.config import Experiment
+from bench.errors import BenchError
+from bench.files import atomic_write
+
+mpl.use("Agg")
+STYLE = {
+    "svg.hashsalt": "bench",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10,
+    "legend.frameon": False,
+}
+DASHES = ["-", "--", "-.", ":"]
+MARKERS = ["o", "s", "D", "^", "v"]
+SCATTER_RADIUS = 0.25
+PUBLISHED_LABEL = "published (other networks, N = 100,000)"
+
+
+class Look:
+    """Colour per method and line style per family, the same in every figure."""
+
+    def __init__(self, table: pd.DataFrame):
+        methods = table.drop_duplicates("method")
+        colours = sns.color_palette("husl", len(methods))
+        self.colour = dict(zip(methods["method"], colours, strict=True))
+        self.label = dict(zip(methods["method"], methods["label"], strict=True))
+        self.family = dict(zip(methods["method"], methods["family"], strict=True))
+        self.families = list(dict.fromkeys(methods["family"]))
+
+    def dash(self, method: str) -> str:
+        """Line style of the method's family."""
+        return DASHES[self.families.index(self.family[method]) % len(DASHES)]
+
+    def marker(self, method: str) -> str:
+        """Marker of the method's family."""
+        return MARKERS[self.families.index(self.family[method]) % len(MARKERS)]
+
+    def handles(self, lines: bool) -> list[Line2D]:
+        """Legend entries in the experiment's order."""
+        return [
+            Line2D(
+                [],
+                [],
+                color=colour,
+                linestyle=self.dash(method) if lines else "",
+                marker="" if lines else self.marker(method),
+                label=f"{self.label[method]} ({self.family[method]})",
+            )
+            for method, colour in self.colour.items()
+        ]
+
+
+def draw_figures(experiment: Experiment, tables: Path, published: Path, folder: Path) -> None:
+    """Draw curves, accuracy against parameters and against training compute, as SVG and PNG.
+
+    Raises:
+        BenchError: a table is missing.
+    """
+    accuracy = _read(tables / "certified_accuracy.csv")
+    cost = _read(tables / "cost.csv")
+    reported = pd.read_csv(published) if published.exists() else pd.DataFrame()
+    look = Look(accuracy)
+    with mpl.rc_context(STYLE):
+        _save(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
+        points = _at_radius(accuracy, cost)
+        parameters = "trained parameters, head included"
+        figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
+        _save(figure, folder / "accuracy_vs_parameters")
+        points["own_and_base"] = points["training_flops"] + points["base_training_flops"]
+        flops = "training FLOPs (hollow: with the base's pretraining)"
+        figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
+        _save(figure, folder / "accuracy_vs_compute")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise BenchError(f"{path} is missing: run `bench tables` first")
+    return pd.read_csv(path)
+
+
+def _panels(experiment: Experiment, legend: list[Line2D]) -> tuple[Figure, list[Axes]]:
+    count = len(experiment.sigmas)
+    width = 3.4 * count + 2.9
+    figure, axes = plt.subplots(
+        1, count, figsize=(width, 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    figure.legend(handles=legend, loc="outside right center", fontsize=9)
+    for axis, sigma in zip(axes[0], experiment.sigmas, strict=True):
+        axis.set_title(f"σ = {sigma:g}", fontsize=11)
+        axis.grid(alpha=0.25)
+    return figure, list(axes[0])
+
+
+def _curves(
+    experiment: Experiment, accuracy: pd.DataFrame, reported: pd.DataFrame, look: Look
+) -> Figure:
+    """Certified accuracy against radius; 95 % intervals are in the table, 12 bands would hide."""
+    grey = Line2D([], [], color="0.7", linewidth=0.8, label=PUBLISHED_LABEL)
+    legend = look.handles(lines=True) + ([grey] if len(reported) else [])
+    figure, axes = _panels(experiment, legend)
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        if len(reported):
+            same = reported[np.isclose(reported["sigma"], sigma)]
+            for _, curve in same.groupby("method"):
+                curve = curve.sort_values("radius")
+                values = curve["certified_accuracy_percent"]
+                axis.plot(curve["radius"], values, color="0.75", linewidth=0.8, zorder=1)
+        part = accuracy[accuracy["sigma"] == sigma]
+        for method, colour in look.colour.items():
+            own = part[part["method"] == method].groupby("radius")["value"].mean()
+            axis.plot(own.index, 100 * own, color=colour, linestyle=look.dash(method), lw=1.6)
+        axis.set(xlabel="ℓ2 radius ([0, 1] pixels)", ylim=(0, 100))
+        axis.set_xlim(0, part["radius"].max())
+    axes[0].set_ylabel("certified accuracy (%)")
+    return figure
+
+
+def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+    """Certified accuracy at the grid radius nearest SCATTER_RADIUS, joined with the costs."""
+    nearest = (accuracy["radius"] - SCATTER_RADIUS).abs()
+    kept = accuracy[nearest == nearest.groupby(accuracy["sigma"]).transform("min")]
+    columns = ["method", "sigma", "seed"]
+    return kept.merge(cost.drop(columns=["label", "family"]), on=columns)
+
+
+def _scatter(
+    experiment: Experiment,
+    points: pd.DataFrame,
+    column: str,
+    xlabel: str,
+    look: Look,
+    hollow: str | None = None,
+) -> Figure:
+    figure, axes = _panels(experiment, look.handles(lines=False))
+    positive = points.loc[points[column] > 0, column]
+    start = positive.min() / 5 if len(positive) else 1.0
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        for row in points[points["sigma"] == sigma].to_dict("records"):
+            colour, marker = look.colour[row["method"]], look.marker(row["method"])
+            y = 100 * row["value"]
+            error = [[y - 100 * row["low"]], [100 * row["high"] - y]]
+            x = max(row[column], start)
+            axis.errorbar(x, y, error, color=colour, marker=marker, elinewidth=0.7, alpha=0.9)
+            if hollow is not None and row[hollow] > row[column]:
+                axis.plot(row[hollow], y, color=colour, marker=marker, fillstyle="none", zorder=1)
+        axis.set(xscale="log", xlabel=xlabel, ylim=(0, 100))
+        axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
+        axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
+    axes[0].set_ylabel(f"certified accuracy at r = {SCATTER_RADIUS} (%)")
+    return figure
+
+
+def _save(figure: Figure, stem: Path) -> None:
+    for kind, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
+        with atomic_write(stem.with_suffix(f".{kind}")) as temporary:
+            figure.savefig(temporary, format=kind, **extra)  # type: ignore[arg-type]
+    plt.close(figure)

@@ -1,0 +1,63 @@
+"""Certification logs: one TSV, read by header, beside a JSON that says what it means."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.errors import BenchError
+from bench.files import atomic_write, read_json
+
+COHEN_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """Read a certification log, ours or one with Cohen's six columns.
+
+    `correct` is recomputed, since some published logs hold a running count there. `time` becomes
+    seconds, from `15.4` or `0:00:15.4`.
+
+    Raises:
+        BenchError: the file is missing, garbled, cut off or lists an image twice.
+    """
+    try:
+        frame = pd.read_csv(path, sep="\t")
+    except FileNotFoundError:
+        raise BenchError(f"{path} is missing: certify again") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path} is not a certification log: {error}") from None
+    missing = [c for c in COHEN_COLUMNS if c not in frame.columns and c != "correct"]
+    if missing:
+        raise BenchError(f"{path} lacks the columns {missing}: it is not a certification log")
+    numbers = frame.drop(columns=["time", "correct"], errors="ignore")
+    numbers = numbers.apply(pd.to_numeric, errors="coerce")
+    broken = numbers.isna().any(axis=1) | frame["time"].isna()
+    if broken.any():
+        raise BenchError(
+            f"{path} is cut off or garbled at row {broken.idxmax() + 2}: certify again"
+        )
+    if numbers["idx"].duplicated().any():
+        twice = numbers.loc[numbers["idx"].duplicated(), "idx"].iloc[0]
+        raise BenchError(f"{path} lists image {twice} twice")
+    frame[numbers.columns] = numbers
+    frame["correct"] = (frame["predict"] == frame["label"]).astype(int)
+    frame["time"] = frame["time"].map(_seconds)
+    return frame
+
+
+def _seconds(text: object) -> float:
+    total = 0.0
+    for part in str(text).split(":"):
+        total = 60 * total + float(part)
+    return total
+
+
+def write_log(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows at full precision: three digits would round some radii up, an over-claim."""
+    with atomic_write(path) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, sep="\t", index=False)
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """The sidecar JSON of the log at `path`."""
+    return read_json(path.with_suffix(".json"))

@@ -1,0 +1,147 @@
+"""Tidy tables: one row per observation, metadata in columns."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench.config import Experiment
+from bench.errors import BenchError
+from bench.files import atomic_write, read_json
+from bench.smoothing.log import read_log, read_protocol
+from bench.statistics import accuracy_interval, average_certified_radius, certified_accuracy
+
+KEY = ["method", "label", "family", "sigma", "seed"]
+LEADERBOARD_STEPS = 4
+
+
+def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
+    """Write certified_accuracy, envelope, summary and cost as CSV, and leaderboard.md.
+
+    Raises:
+        BenchError: a log or cost of a method, sigma and seed is missing.
+    """
+    read = [(read_protocol(path), read_log(path)) for path in logs]
+    order = {name: place for place, name in enumerate(experiment.methods)}
+    read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
+    _check_complete(experiment, [protocol for protocol, _ in read])
+    curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
+    summary = pd.DataFrame([_summary_row(experiment, p, log) for p, log in read])
+    rows = [read_json(path) for path in costs]
+    _check_complete(experiment, rows)
+    rows.sort(key=lambda row: (order[row["method"]], row["sigma"], row["seed"]))
+    cost = pd.DataFrame([_cost_row(experiment, row) for row in rows])
+    tables = {
+        "certified_accuracy": curves,
+        "envelope": envelope(curves),
+        "summary": summary,
+        "cost": cost,
+    }
+    for name, table in tables.items():
+        with atomic_write(folder / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
+    with atomic_write(folder / "leaderboard.md") as temporary:
+        temporary.write_text(leaderboard(curves))
+
+
+def _check_complete(experiment: Experiment, found: list[dict[str, Any]]) -> None:
+    have = {(row["method"], row["sigma"], row["seed"]) for row in found}
+    for method in experiment.methods:
+        for sigma in experiment.sigmas:
+            for seed in experiment.seeds:
+                if (method, sigma, seed) not in have:
+                    raise BenchError(f"{method} at sigma {sigma}, seed {seed} has no results yet")
+
+
+def _named(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
+    method = experiment.methods[row["method"]]
+    return {
+        "method": row["method"],
+        "label": method.label,
+        "family": method.family,
+        "sigma": row["sigma"],
+        "seed": row["seed"],
+    }
+
+
+def _curve(
+    experiment: Experiment,
+    protocol: dict[str, Any],
+    log: pd.DataFrame,
+    everything: list[tuple[dict[str, Any], pd.DataFrame]],
+) -> pd.DataFrame:
+    """Certified accuracy on one grid for all methods of a sigma."""
+    sigma = protocol["sigma"]
+    highest = max(frame["radius"].max() for p, frame in everything if p["sigma"] == sigma)
+    steps = max(LEADERBOARD_STEPS, int(np.ceil(highest / experiment.radius_step)))
+    # Multiples, not sums: 0.15 must be the same float in every table.
+    radii = np.round(np.arange(steps + 1) * experiment.radius_step, 10)
+    curve = certified_accuracy(log, radii)
+    named = {"experiment": experiment.name, **_named(experiment, protocol)}
+    return curve.assign(**named)[[*named, *curve.columns]]
+
+
+def envelope(curves: pd.DataFrame) -> pd.DataFrame:
+    """The best sigma per method, seed and radius.
+
+    The choice is made on the test images, so the envelope is optimistic; published tables of
+    denoised smoothing are such envelopes.
+    """
+    ordered = curves.sort_values(["value", "sigma"], ascending=[False, True], kind="stable")
+    best = ordered.drop_duplicates(["method", "seed", "radius"])
+    kept = best.loc[best["value"] > 0]
+    place = {name: number for number, name in enumerate(curves["method"].unique())}
+    kept = kept.assign(place=kept["method"].map(place)).sort_values(["place", "seed", "radius"])
+    columns = ["method", "label", "family", "seed", "radius", "value", "low", "high", "sigma"]
+    return kept[[*columns, "n_images"]]
+
+
+def _summary_row(
+    experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
+) -> dict[str, Any]:
+    images = len(log)
+    row = {**_named(experiment, protocol), "n_images": images}
+    row |= {key: protocol[key] for key in ("n0", "n", "alpha")}
+    clean = int((log["clean_predict"] == log["label"]).sum())
+    smoothed = int(log["correct"].sum())
+    for name, hits in (("clean", clean), ("smoothed", smoothed)):
+        low, high = accuracy_interval(hits, images)
+        row |= {f"{name}_accuracy": hits / images}
+        row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return row | {
+        "noisy_accuracy": log["n_label"].sum() / (protocol["n"] * images),
+        "abstention": float((log["predict"] == -1).mean()),
+        "average_certified_radius": average_certified_radius(log),
+        "certification_seconds": protocol["seconds"],
+        "samples_per_image": float(log["samples"].mean()),
+        "machine": protocol["machine"],
+        "git_revision": protocol["git_revision"],
+        "git_dirty": protocol["git_dirty"],
+    }
+
+
+def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:
+    without = cost["trainable_parameters"] - cost["head_parameters"]
+    rest = {k: v for k, v in cost.items() if k not in (*KEY, "experiment", "fingerprint")}
+    return {**_named(experiment, cost), "trainable_without_head": without, **rest}
+
+
+def leaderboard(curves: pd.DataFrame) -> str:
+    """Markdown table of certified accuracy (%) at 0, s/2, s, 3s/2 for each sigma s, first seed."""
+    first = curves[curves["seed"] == curves["seed"].min()]
+    columns = {}
+    for sigma, part in first.groupby("sigma"):
+        grid = np.sort(part["radius"].unique())
+        for step in range(LEADERBOARD_STEPS):
+            radius = grid[np.abs(grid - step * float(sigma) / 2).argmin()]
+            at = part[part["radius"] == radius].set_index("label")["value"]
+            columns[f"σ={sigma:g}, r={radius:g}"] = (100 * at).map("{:.1f}".format)
+    table = pd.DataFrame(columns).reindex(first["label"].unique())
+    lines = ["| method | " + " | ".join(table.columns) + " |"]
+    lines.append("|---|" + "--:|" * len(table.columns))
+    lines += [
+        f"| {label} | " + " | ".join(row) + " |"
+        for label, row in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return "\n".join(lines) + "\n"

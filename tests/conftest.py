@@ -1,0 +1,49 @@
+"""Shared fixtures: a tiny experiment, and real data fetched once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bench.config import DataSettings, Experiment, load_experiment
+from bench.data import data_folder, fetch
+from bench.errors import BenchError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def smoke_values() -> dict:
+    """The smoke experiment as plain values, for tests that change some."""
+    return yaml.safe_load((ROOT / "config/smoke.yaml").read_text())
+
+
+@pytest.fixture(scope="session")
+def smoke() -> Experiment:
+    """The smoke experiment."""
+    return load_experiment(ROOT / "config/smoke.yaml")
+
+
+@pytest.fixture(scope="session")
+def fetched() -> Path:
+    """Folder that holds a fetched Fashion-MNIST; skips where no source can be reached."""
+    settings = DataSettings(name="fashion_mnist", directory=str(ROOT / "data"))
+    try:
+        fetch(settings)
+    except BenchError as error:
+        pytest.skip(f"Fashion-MNIST cannot be fetched here: {error}")
+    return data_folder(settings)
+
+
+@pytest.fixture
+def repository(tmp_path: Path, fetched: Path) -> Path:
+    """A temporary copy of this checkout's sources, with the data in place."""
+    copy = tmp_path / "repository"
+    copy.mkdir()
+    for name in ("bench", "baselines", "config", "profiles"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "results/published", copy / "results/published")
+    shutil.copy(ROOT / "Snakefile", copy)
+    shutil.copytree(fetched, copy / "data/fashion_mnist")
+    return copy

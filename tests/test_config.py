@@ -1,0 +1,91 @@
+"""Mistakes in an experiment file are named; changes that matter change fingerprints."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.config import json_schema, load_experiment, parse_experiment, sigma_text
+from bench.errors import BenchError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("typo",), 1, "typo"),
+        (("methods", "lora", "rank"), 4, "methods.lora.rank"),
+        (("methods", "lora", "parameterization"), {"kind": "lorra"}, "parameterization"),
+        (("sigmas",), [0.5, -1.0], "sigmas.1"),
+        (("sigmas",), [0.5, 0.5], "repeat"),
+        (("certification", "n"), 9, "raise n"),
+        (("certification", "alpha"), 0.0, "certification.alpha"),
+        (("methods", "lora", "learning_rate"), None, "learning_rate is missing"),
+        (("methods", "../up"), {"label": "x", "family": "y"}, "methods"),
+        (("pretrain", "learning_rate"), "1e-3x", "pretrain.learning_rate"),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_key(smoke_values, path, value, named):
+    values = copy.deepcopy(smoke_values)
+    target = values
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(BenchError) as error:
+        parse_experiment(values, "mine.yaml")
+    assert "mine.yaml" in str(error.value)
+    assert named in str(error.value)
+
+
+def test_ten_draws_are_enough_at_one_in_a_thousand(smoke_values):
+    values = copy.deepcopy(smoke_values)
+    values["certification"]["n"] = 10
+    assert parse_experiment(values, "x").certification.n == 10
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(BenchError, match=r"absent\.yaml"):
+        load_experiment(tmp_path / "absent.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    with pytest.raises(BenchError, match=r"broken\.yaml is not valid YAML"):
+        load_experiment(broken)
+
+
+def test_yaml_cannot_build_python_objects(tmp_path):
+    path = tmp_path / "evil.yaml"
+    path.write_text("name: !!python/object/apply:os.getcwd []")
+    with pytest.raises(BenchError, match="not valid YAML"):
+        load_experiment(path)
+
+
+def test_the_committed_schema_is_the_models():
+    assert json.loads((ROOT / "bench/experiment.schema.json").read_text()) == json_schema()
+
+
+@pytest.mark.parametrize("name", ["quick", "smoke"])
+def test_shipped_experiments_load(name):
+    assert load_experiment(ROOT / f"config/{name}.yaml").name == name
+
+
+def test_fingerprint_follows_what_defines_the_numbers(smoke_values):
+    original = parse_experiment(smoke_values, "x")
+
+    def fingerprint(change) -> str:
+        values = copy.deepcopy(smoke_values)
+        change(values)
+        return parse_experiment(values, "x").training_fingerprint("lora", 0.5, 0)
+
+    same = original.training_fingerprint("lora", 0.5, 0)
+    assert fingerprint(lambda v: v["methods"]["lora"].update(label="other")) == same
+    assert fingerprint(lambda v: v["methods"]["adapter"].update(learning_rate=0.5)) == same
+    assert fingerprint(lambda v: v["methods"]["lora"].update(learning_rate=0.5)) != same
+    assert fingerprint(lambda v: v["training"].update(images=1024)) != same
+    assert fingerprint(lambda v: v["pretrain"].update(images=1024)) != same
+    assert original.training_fingerprint("lora", 0.5, 1) != same
+
+
+def test_sigma_has_one_spelling():
+    assert [sigma_text(s) for s in (0.5, 0.25, 1, 0.125)] == ["0.50", "0.25", "1.00", "0.125"]
