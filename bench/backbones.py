@@ -85,11 +85,13 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
     """
     import timm
 
+    arguments: dict[str, Any] = {"in_chans": channels, "num_classes": classes}
+    arguments |= settings.arguments
     try:
         network: nn.Module = timm.create_model(
             settings.timm,
             pretrained=settings.pretrained,
-            **{"in_chans": channels, "num_classes": classes, **settings.arguments},
+            **arguments,
         )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BenchError(

@@ -105,8 +105,8 @@ def tables(
 def figures(
     experiment: ExperimentFile,
     tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
-    published: Annotated[Path, typer.Option(help="CSV of published results.")],
     output: Output,
+    published: Annotated[Path | None, typer.Option(help="CSV of published results.")] = None,
 ) -> None:
     """Draw the comparison figures."""
     from bench.figures import draw_figures

@@ -18,8 +18,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def _joined(a: Path, b: Path, name: str, keys: list[str]) -> pd.DataFrame:
-    joined = _read(a, name).merge(_read(b, name), on=keys, how="outer", suffixes=("_a", "_b"))
-    return joined
+    return _read(a, name).merge(_read(b, name), on=keys, how="outer", suffixes=("_a", "_b"))
 
 
 def compare_results(a: Path, b: Path) -> pd.DataFrame:

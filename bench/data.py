@@ -49,7 +49,10 @@ SPLIT_SEED = 20_240_405
 class ImageSplit(Protocol):
     """Images with labels, decoded on demand."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Classes `(N,)`."""
+        ...
 
     def batch(self, positions: Tensor) -> Tensor:
         """Images `(B, C, H, W)` float32 in [0, 1] at `positions`."""

@@ -1,6 +1,7 @@
 """Comparison figures, drawn from the tables alone."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from bench.errors import BenchError
 from bench.files import atomic_write
 
 mpl.use("Agg")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "bench",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -40,7 +41,7 @@ class Look:
         self.family = dict(zip(methods["method"], methods["family"], strict=True))
         self.families = list(dict.fromkeys(methods["family"]))
 
-    def dash(self, method: str) -> str:
+    def dash(self, method: str) -> Any:
         """Line style of the method's family."""
         return DASHES[self.families.index(self.family[method]) % len(DASHES)]
 
@@ -55,7 +56,7 @@ class Look:
                 [],
                 [],
                 color=colour,
-                linestyle=self.dash(method) if lines else "",
+                linestyle=self.dash(method) if lines else "none",
                 marker="" if lines else self.marker(method),
                 label=f"{self.label[method]} ({self.family[method]})",
             )
@@ -63,7 +64,9 @@ class Look:
         ]
 
 
-def draw_figures(experiment: Experiment, tables: Path, published: Path, folder: Path) -> None:
+def draw_figures(
+    experiment: Experiment, tables: Path, published: Path | None, folder: Path
+) -> None:
     """Draw curves, accuracy against parameters and against training compute, as SVG and PNG.
 
     Raises:
@@ -71,7 +74,7 @@ def draw_figures(experiment: Experiment, tables: Path, published: Path, folder: 
     """
     accuracy = _read(tables / "certified_accuracy.csv")
     cost = _read(tables / "cost.csv")
-    reported = pd.read_csv(published) if published.exists() else pd.DataFrame()
+    reported = pd.DataFrame() if published is None else _read(published)
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         _save(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
@@ -87,7 +90,9 @@ def draw_figures(experiment: Experiment, tables: Path, published: Path, folder: 
 
 def _read(path: Path) -> pd.DataFrame:
     if not path.exists():
-        raise BenchError(f"{path} is missing: run `bench tables` first")
+        raise BenchError(
+            f"{path} is missing: `bench tables` writes tables; published results are in git"
+        )
     return pd.read_csv(path)
 
 

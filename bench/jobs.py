@@ -1,5 +1,6 @@
 """The steps that rules run: pretrain, train, certify."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -165,7 +166,8 @@ def train(
         classifier = load_base(experiment, base)
     classifier.network = adapt(classifier.network, point.parameterization)
     classifier.to(device)
-    record, cost = None, {}
+    record: TrainingRecord | None = None
+    cost: dict[str, Any] = {}
     if point.trains:
         rate = learning_rate or point.learning_rate
         assert rate is not None
@@ -194,8 +196,6 @@ def merge(classifier: Classifier, adapter: torch.nn.Module | None) -> Classifier
     """A classifier with the adapter folded into plain weights; `adapter` stays as it is."""
     if adapter is None:
         return classifier
-    import copy
-
     merged = copy.deepcopy(adapter).merge_and_unload()  # type: ignore[operator]
     result = Classifier(merged, (0.0,), (1.0,), classifier.input_size, classifier.denoiser)
     result.mean, result.std = classifier.mean, classifier.std
@@ -307,10 +307,7 @@ def _resume(output: Path, meaning: str) -> list[dict[str, Any]]:
     lines = path.read_text().split("\n") if path.exists() else []
     # The last piece is empty, or a line that a kill cut off.
     complete = [json.loads(line) for line in lines[:-1]]
-    if complete and complete[0] == {"meaning": meaning}:
-        rows = complete[1:]
-    else:
-        rows = []
+    rows = complete[1:] if complete[:1] == [{"meaning": meaning}] else []
     with atomic_write(path) as temporary:
         kept = [{"meaning": meaning}, *rows]
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +34,7 @@ class Component(Settings):
     """A module of this project by name, with what builds it."""
 
     factory: str
-    arguments: dict[str, Scalar | list[int]] = {}
+    arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
 
 
 class ClassifierSpec(Settings):

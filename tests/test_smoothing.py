@@ -28,7 +28,15 @@ class Linear(nn.Module):
 
 
 def protocol(**changes) -> Protocol:
-    values = dict(sigma=0.5, n0=100, n=1000, alpha=0.001, seed=7, data="test", batch_size=256)
+    values = {
+        "sigma": 0.5,
+        "n0": 100,
+        "n": 1000,
+        "alpha": 0.001,
+        "seed": 7,
+        "data": "test",
+        "batch_size": 256,
+    }
     return Protocol(**{**values, **changes})
 
 

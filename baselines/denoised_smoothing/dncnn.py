@@ -26,4 +26,4 @@ class DnCNN(nn.Module):
 
     def to_bfloat16(self) -> None:
         """Run the convolutions in bfloat16; the subtraction stays in float32."""
-        self.layers.to(torch.bfloat16, memory_format=torch.channels_last)
+        self.layers.to(torch.bfloat16).to(memory_format=torch.channels_last)

@@ -3,9 +3,10 @@ use rule train as train_denoiser with:
         data=DATA,
         base=BASE,
         code=[*TRAIN_CODE, *code_of("baselines/denoised_smoothing")],
+    wildcard_constraints:
+        method=methods_of("denoised_smoothing"),
     params:
+        experiment=EXPERIMENT_FILE,
         program="baselines.denoised_smoothing.train",
         base=base_option,
         expect=planned_training,
-    wildcard_constraints:
-        method=methods_of("denoised_smoothing"),

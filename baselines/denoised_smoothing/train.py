@@ -39,7 +39,8 @@ def train_denoiser(job: BaselineJob) -> None:
     arguments = {"channels": job.data.shape[0], "depth": settings.depth, "width": settings.width}
     denoiser = DnCNN(**arguments)
     classifier.denoiser = denoiser
-    classifier.to(job.device, memory_format=torch.channels_last)
+    classifier.to(job.device)
+    denoiser.to(memory_format=torch.channels_last)
     denoiser.train()
 
     def loss(images: Tensor, labels: Tensor, noise: Generator) -> Tensor:

@@ -1,5 +1,7 @@
 """Put the trained diffusion model in front of the frozen base classifier, for one sigma."""
 
+from typing import Any
+
 from safetensors.torch import load_file
 
 from baselines.command import BaselineJob, run_baseline
@@ -21,14 +23,14 @@ def assemble(job: BaselineJob) -> None:
     expected = job.experiment.training_fingerprint(job.method, 0.0, job.seed)
     if cost.pop("fingerprint") != expected:
         raise BenchError(f"{trained} was trained with other settings: train it again")
-    arguments = {
+    arguments: dict[str, Any] = {
         "sigma": job.sigma,
         "channels": job.data.shape[0],
         "size": job.data.shape[1],
         "stage_channels": settings.stage_channels,
         "layers_per_block": settings.layers_per_block,
     }
-    denoiser = OneStepDenoiser(**arguments)  # type: ignore[arg-type]
+    denoiser = OneStepDenoiser(**arguments)
     denoiser.unet.load_state_dict(load_file(trained / "diffusion_pytorch_model.safetensors"))
     classifier = load_base(job.experiment, job.base_folder).requires_grad_(False)
     classifier.denoiser = denoiser

@@ -5,23 +5,24 @@ rule train_diffusion:
     output:
         unet=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/diffusion_pytorch_model.safetensors",
         cost=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/cost.json",
-    params:
-        folder=subpath(output.unet, parent=True),
-        expect=lambda wildcards: EXPERIMENT.training_fingerprint(
-            wildcards.method, 0.0, int(wildcards.seed)
-        ),
     log:
         f"{RESULTS}/logs/train_diffusion/{{method}}/seed_{{seed}}.log",
     benchmark:
         f"{RESULTS}/benchmarks/train_diffusion/{{method}}/seed_{{seed}}.tsv"
-    priority: 100
     wildcard_constraints:
         method=methods_of("diffusion_denoising"),
+    priority: 100
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+    params:
+        experiment=EXPERIMENT_FILE,
+        folder=subpath(output.unet, parent=True),
+        expect=lambda wildcards: EXPERIMENT.training_fingerprint(
+            wildcards.method, 0.0, int(wildcards.seed)
+        ),
     shell:
-        "python -m baselines.diffusion_denoising.train --experiment {EXPERIMENT_FILE}"
+        "python -m baselines.diffusion_denoising.train --experiment {params.experiment}"
         " --method {wildcards.method} --sigma 0 --seed {wildcards.seed}"
         " --output {params.folder} --expect {params.expect}"
         " > {log} 2>&1"
@@ -33,10 +34,11 @@ use rule train as assemble_diffusion with:
         base=BASE,
         unet=rules.train_diffusion.output,
         code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
+    wildcard_constraints:
+        method=methods_of("diffusion_denoising"),
+    priority: 90
     params:
+        experiment=EXPERIMENT_FILE,
         program="baselines.diffusion_denoising.assemble",
         base=base_option,
         expect=planned_training,
-    priority: 90
-    wildcard_constraints:
-        method=methods_of("diffusion_denoising"),

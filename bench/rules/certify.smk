@@ -7,8 +7,6 @@ rule certify:
     output:
         log=f"{CERTIFICATES}.tsv",
         protocol=f"{CERTIFICATES}.json",
-    params:
-        expect=planned_certification,
     log:
         f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
     benchmark:
@@ -16,8 +14,11 @@ rule certify:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+    params:
+        experiment=EXPERIMENT_FILE,
+        expect=planned_certification,
     shell:
-        "python -m bench certify --experiment {EXPERIMENT_FILE}"
+        "python -m bench certify --experiment {params.experiment}"
         " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
         " --model $(dirname {input.model}) --output {output.log}"
         " --expect {params.expect} > {log} 2>&1"

@@ -7,18 +7,17 @@ from snakemake.utils import validate
 
 # The code that runs is the one beside this Snakefile, also in a copy of the repository.
 sys.path.insert(0, workflow.basedir)
-os.environ["PYTHONPATH"] = workflow.basedir
-os.environ["TQDM_MININTERVAL"] = "30"
+os.environ.update(PYTHONPATH=workflow.basedir)
 
 from bench.config import load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
 
-EXPERIMENT_FILE = workflow.configfiles[-1]
+EXPERIMENT_FILE = os.path.relpath(workflow.configfiles[-1])
 try:
     EXPERIMENT = load_experiment(Path(EXPERIMENT_FILE))
     if parse_experiment(dict(config), EXPERIMENT_FILE) != EXPERIMENT:
         raise BenchError(
-            f"{EXPERIMENT_FILE} is the whole experiment: change the file (or a copy of it, given "
+            f"{params.experiment} is the whole experiment: change the file (or a copy of it, given "
             "as --configfile) instead of using --config"
         )
 except BenchError as error:
@@ -62,11 +61,27 @@ def planned_training(wildcards):
 
 def planned_certification(wildcards):
     """Fingerprint of the settings that define a certification."""
-    return EXPERIMENT.certification_fingerprint(float(wildcards.sigma), int(wildcards.seed))
+    return EXPERIMENT.certification_fingerprint(
+        float(wildcards.sigma), int(wildcards.seed)
+    )
+
+
+def published_results():
+    """The file of published results on this experiment's data set, if there is one."""
+    path = Path(workflow.basedir) / f"results/published/{EXPERIMENT.data.name}.csv"
+    return [os.path.relpath(path)] if path.exists() else []
+
+
+def published_option(wildcards, input):
+    """The `--published` argument of the figures."""
+    return f"--published {input.published}" if input.published else ""
 
 
 TRAIN_CODE = code_of(
-    *(f"bench/{name}.py" for name in ("backbones", "cost", "data", "objectives", "training")),
+    *(
+        f"bench/{name}.py"
+        for name in ("backbones", "cost", "data", "objectives", "training")
+    ),
     "bench/parameterizations",
 )
 CERTIFY_CODE = code_of(

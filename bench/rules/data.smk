@@ -9,5 +9,7 @@ rule fetch:
     benchmark:
         f"{RESULTS}/benchmarks/fetch.tsv"
     retries: 2
+    params:
+        experiment=EXPERIMENT_FILE,
     shell:
-        "python -m bench fetch --experiment {EXPERIMENT_FILE} > {log} 2>&1"
+        "python -m bench fetch --experiment {params.experiment} > {log} 2>&1"

@@ -1,10 +1,7 @@
-PUBLISHED = str(Path(workflow.basedir) / f"results/published/{EXPERIMENT.data.name}.csv")
-
-
 rule figures:
     input:
         tables=rules.tables.output,
-        published=[PUBLISHED] if Path(PUBLISHED).exists() else [],
+        published=published_results(),
         code=code_of("bench/figures.py"),
     output:
         curves=report(
@@ -26,6 +23,11 @@ rule figures:
         f"{RESULTS}/logs/figures.log",
     benchmark:
         f"{RESULTS}/benchmarks/figures.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
+        published=published_option,
+        folder=lambda wildcards, output: os.path.dirname(output.curves[0]),
     shell:
-        "python -m bench figures --experiment {EXPERIMENT_FILE} --tables {TABLES}"
-        " --published {PUBLISHED} --output {FIGURES} > {log} 2>&1"
+        "python -m bench figures --experiment {params.experiment} --tables {params.tables}"
+        " {params.published} --output {params.folder} > {log} 2>&1"

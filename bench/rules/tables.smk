@@ -20,18 +20,22 @@ rule tables:
             f"{TABLES}/cost.csv", category="Tables", caption="../report/cost.rst"
         ),
         envelope=report(
-            f"{TABLES}/envelope.csv", category="Tables", caption="../report/envelope.rst"
+            f"{TABLES}/envelope.csv",
+            category="Tables",
+            caption="../report/envelope.rst",
         ),
         leaderboard=f"{TABLES}/leaderboard.md",
-    params:
-        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
-        costs=lambda wildcards, input: [f"--cost {path}" for path in input.costs],
-        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
-        step=EXPERIMENT.radius_step,
     log:
         f"{RESULTS}/logs/tables.log",
     benchmark:
         f"{RESULTS}/benchmarks/tables.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        folder=subpath(output.summary, parent=True),
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        costs=lambda wildcards, input: [f"--cost {path}" for path in input.costs],
+        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
+        step=EXPERIMENT.radius_step,
     shell:
-        "python -m bench tables --experiment {EXPERIMENT_FILE} --output {TABLES}"
+        "python -m bench tables --experiment {params.experiment} --output {params.folder}"
         " {params.logs} {params.costs} > {log} 2>&1"

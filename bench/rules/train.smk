@@ -10,9 +10,6 @@ rule pretrain:
             "training.json",
             "cost.json",
         ),
-    params:
-        folder=subpath(output[0], parent=True),
-        expect=EXPERIMENT.base_fingerprint,
     log:
         f"{RESULTS}/logs/pretrain.log",
     benchmark:
@@ -21,8 +18,12 @@ rule pretrain:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+    params:
+        experiment=EXPERIMENT_FILE,
+        folder=subpath(output[0], parent=True),
+        expect=EXPERIMENT.base_fingerprint,
     shell:
-        "python -m bench pretrain --experiment {EXPERIMENT_FILE}"
+        "python -m bench pretrain --experiment {params.experiment}"
         " --output {params.folder} --expect {params.expect} > {log} 2>&1"
 
 
@@ -39,10 +40,6 @@ rule train:
         weights=f"{MODEL}/model.safetensors",
         training=f"{MODEL}/training.json",
         cost=f"{MODEL}/cost.json",
-    params:
-        program="bench train",
-        base=base_option,
-        expect=planned_training,
     log:
         f"{RESULTS}/logs/train/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
     benchmark:
@@ -52,7 +49,12 @@ rule train:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+    params:
+        experiment=EXPERIMENT_FILE,
+        program="bench train",
+        base=base_option,
+        expect=planned_training,
     shell:
-        "python -m {params.program} --experiment {EXPERIMENT_FILE} {params.base}"
+        "python -m {params.program} --experiment {params.experiment} {params.base}"
         " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
         " --output $(dirname {output.classifier}) --expect {params.expect} > {log} 2>&1"

@@ -75,7 +75,7 @@ def count_votes(
         batch = items[start : start + per_batch]
         padded = batch + [batch[-1]] * (per_batch - len(batch))
         keys = [noise_key(protocol.seed, protocol.data, ids[r], domain, b) for r, b in padded]
-        noise = standard_normal(keys, tuple(images.shape[1:]), images.device)
+        noise = standard_normal(keys, images.shape[1:], images.device)
         rows = torch.tensor([r for r, _ in padded], device=images.device).repeat_interleave(BLOCK)
         votes = _vote(classifier(images[rows] + protocol.sigma * noise), classes)
         first = torch.tensor([b * BLOCK for _, b in padded], device=images.device)

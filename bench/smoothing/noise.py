@@ -19,9 +19,7 @@ def noise_key(seed: int, data: str, image: int, domain: str, block: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def standard_normal(
-    keys: Sequence[int], shape: tuple[int, int, int], device: torch.device
-) -> Tensor:
+def standard_normal(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
     """Float32 N(0, 1) draws `(len(keys) * 32, C, H, W)`, block i from `keys[i]`.
 
     torch's CPU generator takes 32-bit seeds only, so blocks would repeat; its stateless Philox

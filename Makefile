@@ -1,0 +1,41 @@
+# Every target makes the environment it needs: .venv, with the versions of requirements.lock.
+SHELL := /bin/bash
+PYTHON ?= python3
+EXPERIMENT ?= config/quick.yaml
+NAME := $(shell sed -n 's/^name: *//p' $(EXPERIMENT))
+READY := .venv/.installed
+RUN := source .venv/bin/activate &&
+SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
+
+.PHONY: reproduce figures report test lint lock
+
+reproduce: $(READY)
+	$(SNAKEMAKE) --cores all
+	$(MAKE) report
+
+figures: $(READY)
+	$(SNAKEMAKE) --cores all --until figures
+
+report: $(READY)
+	$(SNAKEMAKE) --cores 1 --report results/$(NAME)/report.html
+
+test: lint
+	$(RUN) pytest
+
+lint: $(READY)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy bench baselines
+	$(RUN) snakefmt --check Snakefile bench/rules baselines
+	$(SNAKEMAKE) --lint
+
+lock: $(READY)
+	$(RUN) (grep '^#' requirements.lock; pip freeze --exclude-editable | grep '==') > .lock.new
+	mv .lock.new requirements.lock
+
+# torch comes first and by name: a resolver that meets it as a dependency may take another build.
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(RUN) pip install --quiet -c requirements.lock torch torchvision
+	$(RUN) pip install --quiet -c requirements.lock -e '.[dev]'
+	touch $@
