@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
-from bench.config import Experiment, json_schema, load_experiment
+from bench.config import DataSettings, Experiment, json_schema, load_experiment
 from bench.errors import BenchError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -34,11 +35,18 @@ def experiment_with(path: Path, method: str) -> Experiment:
 
 
 @app.command()
-def fetch(experiment: ExperimentFile) -> None:
-    """Fetch the experiment's data set and check it."""
+def fetch(
+    name: Annotated[str, typer.Option(help="Data set: `data.name` of experiments.")],
+    directory: Annotated[str, typer.Option(help="Folder of data sets.")] = "data",
+) -> None:
+    """Fetch a data set into DIRECTORY/NAME and check it."""
     from bench.data import fetch
 
-    fetch(load_experiment(experiment).data)
+    try:
+        settings = DataSettings.model_validate({"name": name, "directory": directory})
+    except ValidationError:
+        raise BenchError(f"--name {name} is no data set of this project") from None
+    fetch(settings)
 
 
 @app.command()

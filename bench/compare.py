@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import BenchError
+from bench.statistics import accuracy_interval
 
 POINT = ["method", "sigma", "seed"]
 
@@ -29,7 +30,7 @@ def compare_results(a: Path, b: Path) -> pd.DataFrame:
     beyond its end; a method, sigma or seed that one side lacks is a disagreement.
 
     Raises:
-        BenchError: a folder holds no tables.
+        BenchError: a folder holds no tables, or the radii are not the same.
     """
     curves = _joined(a, b, "certified_accuracy.csv", [*POINT, "radius"])
     both = {
@@ -40,7 +41,7 @@ def compare_results(a: Path, b: Path) -> pd.DataFrame:
     }
     points = [tuple(row) for row in curves[POINT].itertuples(index=False, name=None)]
     present = np.array([point in both["a"] and point in both["b"] for point in points])
-    filled = curves.fillna({f"{c}_{s}": 0.0 for c in ("value", "low", "high") for s in "ab"})
+    filled = _end_at_zero(_end_at_zero(curves, "a"), "b")
     a_above = filled["value_a"] > filled["value_b"]
     half_a = np.where(
         a_above, filled["value_a"] - filled["low_a"], filled["high_a"] - filled["value_a"]
@@ -58,6 +59,19 @@ def compare_results(a: Path, b: Path) -> pd.DataFrame:
     within = table["difference"].abs() <= table["joint_half_width"] + 1e-12
     table["agrees"] = present & within
     return pd.concat([table, _compare_parameters(a, b)], ignore_index=True)
+
+
+def _end_at_zero(curves: pd.DataFrame, side: str) -> pd.DataFrame:
+    """Give one side 0 successes, with the interval of that, where its curve has ended."""
+    ended = curves[f"value_{side}"].isna()
+    groups = curves.groupby(POINT)
+    images = groups[f"n_images_{side}"].transform("max")
+    _, high = accuracy_interval(np.zeros(len(curves)), images.to_numpy())
+    last = curves["radius"].where(~ended).groupby([curves[key] for key in POINT]).transform("max")
+    if (ended & (curves["radius"] < last)).any():
+        raise BenchError("the two results use different radii: set the same radius_step in both")
+    filled = curves.fillna({f"value_{side}": 0.0, f"low_{side}": 0.0})
+    return filled.assign(**{f"high_{side}": filled[f"high_{side}"].fillna(pd.Series(high))})
 
 
 def _compare_parameters(a: Path, b: Path) -> pd.DataFrame:

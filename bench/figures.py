@@ -35,7 +35,9 @@ class Look:
 
     def __init__(self, table: pd.DataFrame):
         methods = table.drop_duplicates("method")
-        colours = sns.color_palette("husl", len(methods))
+        wheel = sns.color_palette("husl", len(methods))
+        # Neighbours in the legend are often of one family and dash: keep their hues far apart.
+        colours = [*wheel[0::3], *wheel[1::3], *wheel[2::3]]
         self.colour = dict(zip(methods["method"], colours, strict=True))
         self.label = dict(zip(methods["method"], methods["label"], strict=True))
         self.family = dict(zip(methods["method"], methods["family"], strict=True))
@@ -83,7 +85,7 @@ def draw_figures(
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
         _save(figure, folder / "accuracy_vs_parameters")
         points["own_and_base"] = points["training_flops"] + points["base_training_flops"]
-        flops = "training FLOPs (hollow: with the base's pretraining)"
+        flops = "training FLOPs\n(hollow: with the base's pretraining)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
         _save(figure, folder / "accuracy_vs_compute")
 

@@ -9,10 +9,10 @@ CONFIDENCE = 0.95
 
 
 def accuracy_interval(
-    successes: ArrayLike, n: int, confidence: float = CONFIDENCE
+    successes: ArrayLike, n: ArrayLike, confidence: float = CONFIDENCE
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two-sided Clopper-Pearson interval of a proportion, elementwise."""
-    k = np.asarray(successes, dtype=float)
+    k, n = np.asarray(successes, dtype=float), np.asarray(n, dtype=float)
     tail = (1 - confidence) / 2
     # scipy gives nan where a shape parameter is 0; the bound is exact there.
     low = np.where(k > 0, beta.ppf(tail, np.maximum(k, 1), n - k + 1), 0.0)

@@ -1,5 +1,7 @@
 """Tidy tables: one row per observation, metadata in columns."""
 
+from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,16 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
     """Write certified_accuracy, envelope, summary and cost as CSV, and leaderboard.md.
 
     Raises:
-        BenchError: a log or cost of a method, sigma and seed is missing.
+        BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
     """
-    read = [(read_protocol(path), read_log(path)) for path in logs]
+    read = [_read_complete(path) for path in logs]
+    _check_points(experiment, [protocol for protocol, _ in read])
     order = {name: place for place, name in enumerate(experiment.methods)}
     read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
-    _check_complete(experiment, [protocol for protocol, _ in read])
     curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
     summary = pd.DataFrame([_summary_row(experiment, p, log) for p, log in read])
     rows = [read_json(path) for path in costs]
-    _check_complete(experiment, rows)
+    _check_points(experiment, rows)
     rows.sort(key=lambda row: (order[row["method"]], row["sigma"], row["seed"]))
     cost = pd.DataFrame([_cost_row(experiment, row) for row in rows])
     tables = {
@@ -45,13 +47,25 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         temporary.write_text(leaderboard(curves))
 
 
-def _check_complete(experiment: Experiment, found: list[dict[str, Any]]) -> None:
-    have = {(row["method"], row["sigma"], row["seed"]) for row in found}
-    for method in experiment.methods:
-        for sigma in experiment.sigmas:
-            for seed in experiment.seeds:
-                if (method, sigma, seed) not in have:
-                    raise BenchError(f"{method} at sigma {sigma}, seed {seed} has no results yet")
+def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    protocol, log = read_protocol(path), read_log(path)
+    if len(log) != protocol["n_images"]:
+        raise BenchError(f"{path} has {len(log)} of {protocol['n_images']} images: certify again")
+    return protocol, log
+
+
+def _check_points(experiment: Experiment, found: list[dict[str, Any]]) -> None:
+    """Each point of the experiment must be there once, and no other."""
+    have = Counter((row["method"], row["sigma"], row["seed"]) for row in found)
+    wanted = set(product(experiment.methods, experiment.sigmas, experiment.seeds))
+    problems = {
+        "has no results yet": wanted - set(have),
+        "is not part of the experiment": set(have) - wanted,
+        "is given more than once": {point for point, times in have.items() if times > 1},
+    }
+    for problem, points in problems.items():
+        for method, sigma, seed in sorted(points):
+            raise BenchError(f"{method} at sigma {sigma}, seed {seed} {problem}")
 
 
 def _named(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:

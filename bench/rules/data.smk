@@ -10,6 +10,7 @@ rule fetch:
         f"{RESULTS}/benchmarks/fetch.tsv"
     retries: 2
     params:
-        experiment=EXPERIMENT_FILE,
+        name=EXPERIMENT.data.name,
+        directory=EXPERIMENT.data.directory,
     shell:
-        "python -m bench fetch --experiment {params.experiment} > {log} 2>&1"
+        "python -m bench fetch --name {params.name} --directory {params.directory:q} > {log} 2>&1"

@@ -18,7 +18,7 @@ def read_log(path: Path) -> pd.DataFrame:
     seconds, from `15.4` or `0:00:15.4`.
 
     Raises:
-        BenchError: the file is missing, garbled, cut off or lists an image twice.
+        BenchError: the file is missing, empty, garbled, cut off or lists an image twice.
     """
     try:
         frame = pd.read_csv(path, sep="\t")
@@ -29,26 +29,29 @@ def read_log(path: Path) -> pd.DataFrame:
     missing = [c for c in COHEN_COLUMNS if c not in frame.columns and c != "correct"]
     if missing:
         raise BenchError(f"{path} lacks the columns {missing}: it is not a certification log")
-    numbers = frame.drop(columns=["time", "correct"], errors="ignore")
-    numbers = numbers.apply(pd.to_numeric, errors="coerce")
-    broken = numbers.isna().any(axis=1) | frame["time"].isna()
+    if frame.empty:
+        raise BenchError(f"{path} holds no images: certify again")
+    # Rows longer than the header make pandas take their first field for the index.
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise BenchError(f"{path} has rows longer than its header: certify again")
+    frame["time"] = frame["time"].map(_seconds)
+    numbers = frame.drop(columns="correct", errors="ignore").apply(pd.to_numeric, errors="coerce")
+    broken = numbers.isna().any(axis=1)
     if broken.any():
-        raise BenchError(
-            f"{path} is cut off or garbled at row {broken.idxmax() + 2}: certify again"
-        )
+        raise BenchError(f"{path} is cut off or garbled at line {broken.argmax() + 2}")
     if numbers["idx"].duplicated().any():
         twice = numbers.loc[numbers["idx"].duplicated(), "idx"].iloc[0]
         raise BenchError(f"{path} lists image {twice} twice")
     frame[numbers.columns] = numbers
     frame["correct"] = (frame["predict"] == frame["label"]).astype(int)
-    frame["time"] = frame["time"].map(_seconds)
     return frame
 
 
 def _seconds(text: object) -> float:
+    """Seconds of `15.4` or `0:00:15.4`; nan where it is neither."""
     total = 0.0
     for part in str(text).split(":"):
-        total = 60 * total + float(part)
+        total = 60 * total + float(pd.to_numeric(part, errors="coerce"))
     return total
 
 

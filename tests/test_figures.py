@@ -1,0 +1,97 @@
+"""Figures of a synthetic twelve-method experiment."""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench.config import Experiment, Method
+from bench.errors import BenchError
+from bench.figures import PUBLISHED_LABEL, Look, draw_figures
+from bench.statistics import accuracy_interval
+
+PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
+SIGMAS = [0.25, 0.5, 1.0]
+NAMES = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
+
+
+@pytest.fixture(scope="module")
+def experiment(smoke: Experiment) -> Experiment:
+    """The smoke methods and one more, at three sigmas."""
+    extra = Method(label="head, frozen", family="another")
+    return smoke.model_copy(update={"methods": {**smoke.methods, "extra": extra}, "sigmas": SIGMAS})
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> Path:
+    """Made-up tables of that experiment."""
+    folder = tmp_path_factory.mktemp("tables")
+    curves, costs = [], []
+    for place, (name, method) in enumerate(experiment.methods.items()):
+        for sigma in SIGMAS:
+            named = {"method": name, "label": method.label, "family": method.family}
+            point = {**named, "sigma": sigma, "seed": 0}
+            radii = np.round(np.arange(0, 4 * sigma, 0.05), 10)
+            share = (0.9 - 0.04 * place - 0.2 * sigma) * (1 - radii / (4 * sigma)) ** 1.5
+            hits = np.round(500 * np.clip(share, 0, 1))
+            low, high = accuracy_interval(hits, 500)
+            values = {"radius": radii, "value": hits / 500, "low": low, "high": high}
+            curves.append(pd.DataFrame({**point, **values, "n_images": 500}))
+            trained = 0 if place == 0 else 10 ** (2 + place % 5)
+            flops = {"training_flops": trained * 10**7, "base_training_flops": 10**13}
+            costs.append({**point, "trainable_parameters": trained, **flops})
+    pd.concat(curves).to_csv(folder / "certified_accuracy.csv", index=False)
+    pd.DataFrame(costs).to_csv(folder / "cost.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment, tables: Path) -> Path:
+    """Folder of the figures."""
+    folder = tmp_path_factory.mktemp("figures")
+    draw_figures(experiment, tables, PUBLISHED, folder)
+    return folder
+
+
+def test_every_figure_is_drawn_twice_and_closed(drawn: Path) -> None:
+    assert {path.name for path in drawn.iterdir()} == {
+        f"{name}.{kind}" for name in NAMES for kind in ("svg", "png")
+    }
+    assert plt.get_fignums() == []
+    for name in NAMES:
+        pixels = plt.imread(drawn / f"{name}.png")
+        assert pixels.shape[1] > 1500
+        assert pixels[..., :3].std() > 0.05
+
+
+def test_a_method_has_one_colour_of_its_own(tables: Path, experiment: Experiment) -> None:
+    look = Look(pd.read_csv(tables / "certified_accuracy.csv"))
+    assert list(look.colour) == list(experiment.methods)
+    assert len(set(look.colour.values())) == len(experiment.methods)
+    assert look.dash("lora") == look.dash("vpt_deep") != look.dash("full_finetuning")
+
+
+def test_svg_bytes_are_reproducible(
+    drawn: Path, tables: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    draw_figures(experiment, tables, PUBLISHED, tmp_path)
+    for name in NAMES:
+        assert (tmp_path / f"{name}.svg").read_bytes() == (drawn / f"{name}.svg").read_bytes()
+
+
+def test_published_curves_only_where_there_are_any(
+    drawn: Path, tables: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    draw_figures(experiment, tables, None, tmp_path)
+    name = "certified_accuracy.svg"
+    pattern = re.compile(re.escape(f"<!-- {PUBLISHED_LABEL} -->"))
+    assert len(pattern.findall((drawn / name).read_text())) == 1
+    assert not pattern.findall((tmp_path / name).read_text())
+
+
+def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match=r"certified_accuracy\.csv is missing"):
+        draw_figures(experiment, tmp_path, PUBLISHED, tmp_path)

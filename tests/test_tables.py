@@ -1,0 +1,148 @@
+"""Tables from small logs whose every number is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench.config import Experiment
+from bench.errors import BenchError
+from bench.smoothing.log import write_log
+from bench.tables import build_tables
+
+SIGMAS = [0.25, 0.5]
+METHODS = ["undefended", "lora"]
+Results = tuple[Experiment, list[Path], list[Path]]
+
+
+def log_rows(radii: list[float]) -> list[dict[str, Any]]:
+    """One correct image per radius, one abstention and one wrong answer."""
+    answers = [(1, radius) for radius in radii] + [(-1, 0.0), (2, 0.9)]
+    return [
+        {
+            "idx": idx,
+            "label": 1,
+            "predict": predict,
+            "radius": radius,
+            "correct": int(predict == 1),
+            "time": 0.5,
+            "samples": 110,
+            "n_a": 90,
+            "p_a_lower": 0.8,
+            "n_label": 60,
+            "clean_predict": 1 if predict != 2 else 2,
+        }
+        for idx, (predict, radius) in enumerate(answers)
+    ]
+
+
+def write_point(folder: Path, method: str, sigma: float, radii: list[float]) -> tuple[Path, Path]:
+    """Log, sidecar and cost of one method and sigma; the path tells nothing."""
+    number = len(list(folder.glob("*.tsv")))
+    log, cost = folder / f"{number}.tsv", folder / f"cost{number}.json"
+    rows = log_rows(radii)
+    write_log(rows, log)
+    identity = {"experiment": "smoke", "method": method, "sigma": sigma, "seed": 0}
+    protocol = {"n0": 10, "n": 100, "alpha": 0.001, "noise_seed": 7, "n_images": len(rows)}
+    run = {"seconds": 9.0, "machine": "m", "git_revision": "r", "git_dirty": False}
+    log.with_suffix(".json").write_text(json.dumps({**identity, **protocol, **run}))
+    counts = {"trainable_parameters": 130, "head_parameters": 30, "training_flops": 5}
+    cost.write_text(json.dumps({**identity, **counts}))
+    return log, cost
+
+
+@pytest.fixture
+def results(tmp_path: Path, smoke: Experiment) -> Results:
+    """Two methods at two sigmas, listed in the wrong order."""
+    methods = {name: smoke.methods[name] for name in METHODS}
+    update = {"methods": methods, "sigmas": SIGMAS, "radius_step": 0.25}
+    files = [
+        write_point(tmp_path, "lora", 0.5, [0.4, 1.1]),
+        write_point(tmp_path, "undefended", 0.5, [0.1, 0.2]),
+        write_point(tmp_path, "lora", 0.25, [0.3, 0.8]),
+        write_point(tmp_path, "undefended", 0.25, [0.1, 0.6]),
+    ]
+    return smoke.model_copy(update=update), [f[0] for f in files], [f[1] for f in files]
+
+
+@pytest.fixture
+def tables(tmp_path: Path, results: Results) -> Path:
+    """Folder of the tables of `results`."""
+    build_tables(*results, tmp_path / "tables")
+    return tmp_path / "tables"
+
+
+def test_curves_share_a_grid_and_keep_the_order(tables: Path) -> None:
+    frame = pd.read_csv(tables / "certified_accuracy.csv")
+    order = frame[["method", "sigma"]].drop_duplicates()
+    expected = [(method, sigma) for method in METHODS for sigma in SIGMAS]
+    assert list(order.itertuples(index=False, name=None)) == expected
+    for sigma, radii in ((0.25, [0, 0.25, 0.5, 0.75, 1.0]), (0.5, [0, 0.25, 0.5, 0.75, 1.0, 1.25])):
+        for method in METHODS:
+            part = frame[(frame["method"] == method) & (frame["sigma"] == sigma)]
+            assert part["radius"].tolist() == radii
+    lora = frame[(frame["method"] == "lora") & (frame["sigma"] == 0.5)]
+    assert lora["value"].tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.0]
+
+
+def test_envelope_takes_the_best_sigma_at_each_radius(tables: Path) -> None:
+    frame = pd.read_csv(tables / "envelope.csv")
+    lora = frame[frame["method"] == "lora"].set_index("radius")
+    assert lora["value"].to_dict() == {0.0: 0.5, 0.25: 0.5, 0.5: 0.25, 0.75: 0.25, 1.0: 0.25}
+    assert lora.loc[[0.25, 1.0], "sigma"].tolist() == [0.25, 0.5]
+
+
+def test_summary_numbers(tables: Path) -> None:
+    row = pd.read_csv(tables / "summary.csv").query("method == 'lora' and sigma == 0.5").iloc[0]
+    assert row["clean_accuracy"] == 0.75
+    assert row["noisy_accuracy"] == pytest.approx(0.6)
+    assert row["smoothed_accuracy"] == 0.5
+    assert row["abstention"] == 0.25
+    assert row["average_certified_radius"] == pytest.approx(1.5 / 4)
+    assert row["smoothed_low"] < 0.5 < row["smoothed_high"]
+    assert (row["samples_per_image"], row["certification_seconds"]) == (110, 9.0)
+
+
+def test_cost_leaves_the_head_out(tables: Path) -> None:
+    frame = pd.read_csv(tables / "cost.csv")
+    assert frame["trainable_without_head"].tolist() == [100] * 4
+    assert frame["label"].tolist() == ["undefended"] * 2 + ["LoRA"] * 2
+
+
+def test_leaderboard_is_a_markdown_table(tables: Path) -> None:
+    lines = (tables / "leaderboard.md").read_text().splitlines()
+    assert len(lines) == 2 + len(METHODS)
+    assert len({line.count("|") for line in lines}) == 1
+    columns = [cell.strip() for cell in lines[0].split("|")]
+    lora = [cell.strip() for cell in lines[3].split("|")]
+    assert lora[1] == "LoRA"
+    assert lora[columns.index("σ=0.5, r=0.25")] == "50.0"
+    assert lora[columns.index("σ=0.5, r=0.5")] == "25.0"
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_missing_point_is_named(tmp_path: Path, results: Results, kind: int) -> None:
+    results[1:][kind].pop(0)
+    with pytest.raises(BenchError, match=r"lora at sigma 0\.5, seed 0 has no results"):
+        build_tables(*results, tmp_path / "tables")
+
+
+def test_a_point_given_twice_is_refused(tmp_path: Path, results: Results) -> None:
+    results[1].append(results[1][0])
+    with pytest.raises(BenchError, match=r"lora at sigma 0\.5.* more than once"):
+        build_tables(*results, tmp_path / "tables")
+
+
+def test_a_foreign_log_is_refused(tmp_path: Path, results: Results) -> None:
+    results[1].append(write_point(tmp_path, "other", 0.5, [0.1])[0])
+    with pytest.raises(BenchError, match=r"other at sigma 0\.5.* not part"):
+        build_tables(*results, tmp_path / "tables")
+
+
+def test_a_log_cut_at_a_line_end_is_refused(tmp_path: Path, results: Results) -> None:
+    log = results[1][0]
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(BenchError, match="3 of 4 images"):
+        build_tables(*results, tmp_path / "tables")

@@ -1,0 +1,249 @@
+"""The DAG as users run it: once through, nothing twice, edits rerun what they affect."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from bench.compare import agree, compare_results
+
+pytestmark = pytest.mark.workflow
+SMOKE = ["--configfile", "config/smoke.yaml"]
+NUMBERS = ["method", "sigma", "seed", "radius", "value", "low", "high"]
+
+
+def snakemake(where: Path, *arguments: str, ok: bool = True) -> str:
+    """Run Snakemake in `where` and return what it said."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, said
+    return said
+
+
+def planned(where: Path, *arguments: str) -> set[str]:
+    """Rules that a dry run would execute."""
+    said = snakemake(where, "-n", *arguments)
+    known = ("fetch", "pretrain", "train", "certify", "tables", "figures")
+    return {name for name in known if f"\n{name} " in said}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, fetched):
+    """A copy of the sources in which the smoke experiment ran; tests leave it as they find it."""
+    root = Path(__file__).parents[1]
+    copy = tmp_path_factory.mktemp("smoke") / "repository"
+    copy.mkdir()
+    for name in ("bench", "baselines", "config", "profiles"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(root / "results/published", copy / "results/published")
+    shutil.copy(root / "Snakefile", copy)
+    shutil.copytree(fetched, copy / "data/fashion_mnist")
+    snakemake(copy, *SMOKE)
+    return copy
+
+
+def test_smoke_runs_every_rule_and_fills_the_tables(done):
+    experiment = yaml.safe_load((done / "config/smoke.yaml").read_text())
+    for table in ("certified_accuracy", "summary", "cost"):
+        frame = pd.read_csv(done / f"results/smoke/tables/{table}.csv")
+        assert list(frame["method"].unique()) == list(experiment["methods"])
+    cost = pd.read_csv(done / "results/smoke/tables/cost.csv").set_index("method")
+    assert cost.loc["undefended", "trainable_parameters"] == 0
+    assert cost.loc["gaussian_retraining", "base_training_flops"] == 0
+    assert cost.loc["diffusion_denoising", "inference_flops"] > cost.loc["lora", "inference_flops"]
+    for name in ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute"):
+        assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
+    pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
+    assert not pickles
+
+
+def test_a_second_run_has_nothing_to_do(done):
+    assert "Nothing to be done" in snakemake(done, *SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("module", "rerun"),
+    [
+        ("bench/figures.py", {"figures"}),
+        ("bench/smoothing/engine.py", {"certify", "tables", "figures"}),
+        ("bench/training.py", {"pretrain", "train", "certify", "tables", "figures"}),
+    ],
+)
+def test_an_edit_reruns_what_it_affects(done, module, rerun):
+    path = done / module
+    original = path.read_text()
+    try:
+        path.write_text(original + "\n# edited\n")
+        assert planned(done, *SMOKE) == rerun
+    finally:
+        path.write_text(original)
+    assert planned(done, *SMOKE) == set()
+
+
+def test_a_changed_setting_reruns_its_method_alone(done):
+    path = done / "config/smoke.yaml"
+    original = path.read_text()
+    try:
+        path.write_text(original.replace("r: 8, lora_alpha: 16", "r: 4, lora_alpha: 16"))
+        said = snakemake(done, "-n", *SMOKE)
+    finally:
+        path.write_text(original)
+    trained = {line for line in said.splitlines() if "output: results/smoke/models/" in line}
+    assert len(trained) == 1
+    assert "models/lora/" in trained.pop()
+
+
+def test_report_opens_without_a_network(done):
+    snakemake(done, *SMOKE, "--report", "report.html")
+    text = (done / "report.html").read_text()
+    assert "Certified accuracy against l2 radius" in text
+    assert 'src="http' not in text
+
+
+def test_command_line_overrides_are_refused(done):
+    said = snakemake(done, *SMOKE, "--config", "radius_step=0.1", ok=False)
+    assert "config/smoke.yaml is the whole experiment" in said
+
+
+NEW_RULE = """
+use rule train as train_mine with:
+    input:
+        data=DATA,
+        base=BASE,
+        code=TRAIN_CODE,
+    params:
+        experiment=EXPERIMENT_FILE,
+        program="bench train",
+        base=base_option,
+        expect=planned_training,
+    wildcard_constraints:
+        method=methods_of("mine"),
+"""
+
+
+def test_a_new_folder_and_a_new_entry_reach_the_tables(done):
+    path = done / "config/smoke.yaml"
+    original = path.read_text()
+    values = yaml.safe_load(original)
+    head = values["methods"]["head"]
+    values["methods"]["from_entry"] = {**head, "label": "my entry"}
+    values["methods"]["from_folder"] = {**head, "label": "my folder", "baseline": "mine"}
+    (done / "baselines/mine").mkdir()
+    (done / "baselines/mine/rules.smk").write_text(NEW_RULE)
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        said = snakemake(done, *SMOKE)
+        assert "train_mine" in said
+        assert "train_denoiser" not in said
+        table = pd.read_csv(done / "results/smoke/tables/certified_accuracy.csv")
+        assert {"my entry", "my folder"} <= set(table["label"])
+        assert "my folder" in (done / "results/smoke/tables/leaderboard.md").read_text()
+    finally:
+        path.write_text(original)
+        shutil.rmtree(done / "baselines/mine")
+        snakemake(done, *SMOKE)
+
+
+@pytest.fixture
+def small(repository):
+    """A copy with a two-method experiment."""
+    path = repository / "config/smoke.yaml"
+    values = yaml.safe_load(path.read_text())
+    kept = ("lora", "gaussian_retraining")
+    values["methods"] = {name: values["methods"][name] for name in kept}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return repository
+
+
+def numbers(where: Path) -> pd.DataFrame:
+    return pd.read_csv(where / "results/smoke/tables/certified_accuracy.csv")[NUMBERS]
+
+
+def test_kills_at_random_moments_change_nothing(small, done):
+    chance = random.Random(20261123)
+    for _ in range(3):
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
+        run = subprocess.Popen(
+            command, cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            run.wait(timeout=chance.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    snakemake(small, "--unlock", *SMOKE)
+    snakemake(small, *SMOKE)
+    whole = numbers(done)
+    expected = whole[whole["method"].isin(["lora", "gaussian_retraining"])]
+    left = numbers(small).sort_values(NUMBERS[:4]).reset_index(drop=True)
+    right = expected.sort_values(NUMBERS[:4]).reset_index(drop=True)
+    shared = left.merge(right, on=NUMBERS[:4])
+    assert len(shared) == len(left)
+    assert (shared["value_x"] == shared["value_y"]).all()
+
+
+def bench(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=where, capture_output=True, text=True)
+
+
+LORA = ["--experiment", "config/smoke.yaml", "--method", "lora", "--sigma", "0.5"]
+
+
+def test_mistakes_on_the_command_line_are_one_line(done, tmp_path):
+    model = "results/smoke/models/head/sigma_0.50/seed_0"
+    cases = {
+        "methods.nothing does not exist": ["train", *LORA[:2], "--method", "nothing", "--sigma",
+                                           "0.5", "--output", str(tmp_path / "x")],
+        "method is 'head', this run needs 'lora'": ["certify", *LORA, "--model", model,
+                                                    "--output", str(tmp_path / "x.tsv")],
+        "the experiment file changed": ["train", *LORA, "--output", str(tmp_path / "x"),
+                                        "--expect", "other"],
+        "training.json is missing": ["train", *LORA, "--output", str(tmp_path / "x"),
+                                       "--base", str(tmp_path)],
+        "is no data set": ["fetch", "--name", "mnest"],
+    }  # fmt: skip
+    for message, arguments in cases.items():
+        answer = bench(done, *arguments)
+        assert answer.returncode == 1, message
+        assert "Traceback" not in answer.stderr
+        last = answer.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ")
+        assert message in last
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
+    script = (
+        "import resource, signal, sys;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "sys.argv = ['bench', *sys.argv[1:]];"
+        "from bench.cli import main; main()"
+    )
+    output = tmp_path / "log.tsv"
+    model = "results/smoke/models/lora/sigma_0.50/seed_0"
+    arguments = ["certify", *LORA, "--model", model, "--output", str(output)]
+    command = [sys.executable, "-c", script, *arguments]
+    answer = subprocess.run(command, cwd=done, capture_output=True, text=True)
+    assert answer.returncode == 1, answer.stderr
+    assert "no space left" in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert not output.exists()
+    again = bench(done, *arguments)
+    assert again.returncode == 0, again.stderr
+    reference = done / "results/smoke/certificates/lora/sigma_0.50/seed_0.tsv"
+    left, right = (pd.read_csv(p, sep="\t").drop(columns="time") for p in (output, reference))
+    pd.testing.assert_frame_equal(left, right)
+
+
+def test_a_result_folder_agrees_with_itself(done):
+    assert agree(compare_results(done / "results/smoke", done / "results/smoke"))
