@@ -210,6 +210,14 @@ class Experiment(Settings):
             raise ValueError("values repeat: list each once")
         return values
 
+    @field_validator("methods")
+    @classmethod
+    def _labels_differ(cls, methods: dict[str, Method]) -> dict[str, Method]:
+        labels = [method.label for method in methods.values()]
+        if len(set(labels)) != len(labels):
+            raise ValueError("two methods have the same label: tables could not tell them apart")
+        return methods
+
     @cached_property
     def base_fingerprint(self) -> str:
         """Hash of the settings that define the base classifier."""

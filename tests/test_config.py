@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
         (("certification", "alpha"), 0.0, "certification.alpha"),
         (("methods", "lora", "learning_rate"), None, "learning_rate is missing"),
         (("methods", "../up"), {"label": "x", "family": "y"}, "methods"),
+        (("methods", "lora", "label"), "adapter", "same label"),
         (("pretrain", "learning_rate"), "1e-3x", "pretrain.learning_rate"),
     ],
 )

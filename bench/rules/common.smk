@@ -17,7 +17,7 @@ try:
     EXPERIMENT = load_experiment(Path(EXPERIMENT_FILE))
     if parse_experiment(dict(config), EXPERIMENT_FILE) != EXPERIMENT:
         raise BenchError(
-            f"{params.experiment} is the whole experiment: change the file (or a copy of it, given "
+            f"{EXPERIMENT_FILE} is the whole experiment: change the file (or a copy of it, given "
             "as --configfile) instead of using --config"
         )
 except BenchError as error:
