@@ -11,6 +11,6 @@ rule fetch:
     retries: 2
     params:
         name=EXPERIMENT.data.name,
-        directory=EXPERIMENT.data.directory,
+        directory=lambda wildcards, output: os.path.dirname(os.path.dirname(output[0])),
     shell:
         "python -m bench fetch --name {params.name} --directory {params.directory:q} > {log} 2>&1"
