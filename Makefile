@@ -16,6 +16,7 @@ reproduce: $(READY)
 figures: $(READY)
 	$(SNAKEMAKE) --cores all --until figures
 
+# Needs finished results: snakemake reports on what is there.
 report: $(READY)
 	$(SNAKEMAKE) --cores 1 --report results/$(NAME)/report.html
 
@@ -30,7 +31,7 @@ lint: $(READY)
 	$(SNAKEMAKE) --lint
 
 lock: $(READY)
-	$(RUN) (grep '^#' requirements.lock; pip freeze --exclude-editable | grep '==') > .lock.new
+	$(RUN) (grep '^#' requirements.lock; pip freeze --exclude-editable | sed -n '/==/s/+.*//;/==/p') > .lock.new
 	mv .lock.new requirements.lock
 
 # torch comes first and by name: a resolver that meets it as a dependency may take another build.

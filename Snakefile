@@ -29,6 +29,7 @@ for baseline in sorted(Path(workflow.basedir).glob("baselines/*/rules.smk")):
 
 include: "bench/rules/certify.smk"
 include: "bench/rules/tables.smk"
+include: "bench/rules/tune.smk"
 include: "bench/rules/figures.smk"
 
 

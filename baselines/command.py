@@ -71,7 +71,7 @@ class BaselineJob:
             BenchError: names the method and each offending key.
         """
         try:
-            return model.model_validate(self.experiment.methods[self.method].settings)
+            return model.model_validate(self.experiment.point(self.method).settings)
         except ValidationError as error:
             raise BenchError(f"methods.{self.method}.settings: {error}") from None
 
@@ -88,12 +88,11 @@ def run_baseline(train: Callable[[BaselineJob], None]) -> None:
         output: Output,
         base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
         seed: Seed = 0,
-        learning_rate: Annotated[float | None, typer.Option(help="Try this rate.")] = None,
         expect: Expect = None,
     ) -> None:
         settings = experiment_with(experiment, method)
         check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-        rate = learning_rate or settings.methods[method].learning_rate
+        rate = settings.point(method).learning_rate
         assert rate is not None
         torch.manual_seed(seed)
         data = load_data(settings.data)

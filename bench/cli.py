@@ -28,9 +28,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def experiment_with(path: Path, method: str) -> Experiment:
     """Load an experiment that must have `method`."""
     experiment = load_experiment(path)
-    if method not in experiment.methods:
-        known = ", ".join(experiment.methods)
-        raise BenchError(f"{path}: methods.{method} does not exist; it has {known}")
+    experiment.point(method)
     return experiment
 
 
@@ -67,7 +65,6 @@ def train(
     output: Output,
     base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
     seed: Seed = 0,
-    learning_rate: Annotated[float | None, typer.Option(help="Try this rate (tuning).")] = None,
     expect: Expect = None,
 ) -> None:
     """Train one method at one sigma."""
@@ -75,7 +72,7 @@ def train(
 
     settings = experiment_with(experiment, method)
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-    jobs.train(settings, method, sigma, seed, base, output, learning_rate)
+    jobs.train(settings, method, sigma, seed, base, output)
 
 
 @app.command()
@@ -107,6 +104,19 @@ def tables(
     from bench.tables import build_tables
 
     build_tables(load_experiment(experiment), log, cost, output)
+
+
+@app.command()
+def tuning(
+    experiment: ExperimentFile,
+    output: Output,
+    training: Annotated[list[Path], typer.Option(help="training.json of a trial; repeat.")],
+) -> None:
+    """Pick each method's learning rate: the highest validation accuracy under noise."""
+    from bench.tables import build_tuning
+
+    for advice in build_tuning(load_experiment(experiment), training, output):
+        typer.echo(advice)
 
 
 @app.command()

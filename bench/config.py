@@ -22,6 +22,7 @@ from bench.files import sha256_json
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["float32", "bfloat16"]
 Scalar = bool | int | float | str
+TRIAL = "__lr_"
 
 
 class Settings(BaseModel):
@@ -224,14 +225,39 @@ class Experiment(Settings):
         parts = (self.data, self.backbone, self.pretrain)
         return sha256_json([*(part.model_dump() for part in parts), self.seeds[0]])
 
+    @model_validator(mode="after")
+    def _tuning_sigma_is_one_of_all(self) -> "Experiment":
+        if self.tuning.sigma not in self.sigmas:
+            raise ValueError(f"tuning.sigma = {self.tuning.sigma} must be one of sigmas")
+        return self
+
+    def point(self, name: str) -> Method:
+        """The method `name`, or its trial with another learning rate, `NAME__lr_RATE`.
+
+        Raises:
+            BenchError: the experiment has no such method.
+        """
+        method, _, rate = name.partition(TRIAL)
+        if method not in self.methods:
+            known = ", ".join(self.methods)
+            raise BenchError(f"methods.{method} does not exist in {self.name}; it has {known}")
+        update = {"learning_rate": float(rate)} if rate else {}
+        return self.methods[method].model_copy(update=update)
+
+    def trials(self) -> list[str]:
+        """Every trained method with every learning rate that tuning tries."""
+        rates = self.tuning.learning_rates
+        trained = [name for name, method in self.methods.items() if method.trains]
+        return [f"{name}{TRIAL}{rate:g}" for name in trained for rate in rates]
+
     def method_training(self, method: str) -> TrainingSettings:
         """`training` with the method's overrides."""
-        overrides = self.methods[method].training.model_dump(exclude_none=True)
+        overrides = self.point(method).training.model_dump(exclude_none=True)
         return self.training.model_copy(update=overrides)
 
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
         """Hash of the settings that define one model folder (label and family do not)."""
-        point = self.methods[method].model_dump(exclude={"label", "family", "training"})
+        point = self.point(method).model_dump(exclude={"label", "family", "training"})
         training = self.method_training(method).model_dump()
         return sha256_json([self.base_fingerprint, point, training, sigma, seed])
 

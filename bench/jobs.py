@@ -142,7 +142,6 @@ def train(
     seed: int,
     base: Path | None,
     folder: Path,
-    learning_rate: float | None = None,
 ) -> None:
     """Train one point of the product and write its model folder.
 
@@ -153,9 +152,8 @@ def train(
         seed: of initialisation, batches and noise.
         base: folder of the base classifier; None for training from scratch.
         folder: where the model goes.
-        learning_rate: tried instead of the recorded one while tuning.
     """
-    point = experiment.methods[method]
+    point = experiment.point(method)
     settings = experiment.method_training(method)
     torch.manual_seed(seed)
     device = pick_device()
@@ -169,10 +167,9 @@ def train(
     record: TrainingRecord | None = None
     cost: dict[str, Any] = {}
     if point.trains:
-        rate = learning_rate or point.learning_rate
-        assert rate is not None
+        assert point.learning_rate is not None
         record, cost = _fit_classifier(
-            settings, classifier, data, point.objective.kind, sigma, rate, seed
+            settings, classifier, data, point.objective.kind, sigma, point.learning_rate, seed
         )
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization)

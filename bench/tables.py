@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.config import Experiment
+from bench.config import TRIAL, Experiment
 from bench.errors import BenchError
 from bench.files import atomic_write, read_json
 from bench.smoothing.log import read_log, read_protocol
@@ -159,3 +159,29 @@ def leaderboard(curves: pd.DataFrame) -> str:
         for label, row in zip(table.index, table.to_numpy(), strict=True)
     ]
     return "\n".join(lines) + "\n"
+
+
+def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> list[str]:
+    """Write the learning-rate curves with their picks; return what the experiment should record.
+
+    The rule for every method: the highest accuracy on the validation split under one noise draw
+    per image at `tuning.sigma`, the smaller rate on ties.
+    """
+    rows = []
+    for report in map(read_json, reports):
+        method, _, rate = report["method"].partition(TRIAL)
+        named = _named(experiment, {**report, "method": method})
+        accuracy = report["validation_accuracy"]
+        rows.append({**named, "learning_rate": float(rate), "validation_accuracy": accuracy})
+    table = pd.DataFrame(rows).sort_values(["method", "learning_rate"], ignore_index=True)
+    best = table.groupby("method")["validation_accuracy"].idxmax()
+    table["picked"] = table.index.isin(best)
+    recorded = {name: method.learning_rate for name, method in experiment.methods.items()}
+    table["recorded"] = table["learning_rate"] == table["method"].map(recorded)
+    with atomic_write(output) as temporary:
+        table.to_csv(temporary, index=False)
+    picks = table[table["picked"] & ~table["recorded"]]
+    return [
+        f"record methods.{row.method}.learning_rate: {row.learning_rate:.1e}"
+        for row in picks.itertuples()
+    ] or ["the experiment file records every pick"]

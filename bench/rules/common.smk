@@ -9,7 +9,7 @@ from snakemake.utils import validate
 sys.path.insert(0, workflow.basedir)
 os.environ.update(PYTHONPATH=workflow.basedir)
 
-from bench.config import load_experiment, parse_experiment, sigma_text
+from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
 
 EXPERIMENT_FILE = os.path.relpath(workflow.configfiles[-1])
@@ -30,12 +30,13 @@ MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SIGMAS = [sigma_text(sigma) for sigma in EXPERIMENT.sigmas]
 NEVER = r"(?!)"
+TRIAL_PATTERN = rf"({TRIAL}[-+.e0-9]+)?"
 
 
 def methods_of(baseline):
     """Pattern of the methods that a baseline (None: the generic rule) makes."""
     chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]
-    return "|".join(chosen) or NEVER
+    return f"({'|'.join(chosen)}){TRIAL_PATTERN}" if chosen else NEVER
 
 
 def code_of(*places):
@@ -91,6 +92,6 @@ CERTIFY_CODE = code_of(
 
 
 wildcard_constraints:
-    method="|".join(EXPERIMENT.methods),
+    method=f"({'|'.join(EXPERIMENT.methods)}){TRIAL_PATTERN}",
     sigma="|".join(sigma.replace(".", r"\.") for sigma in SIGMAS),
     seed=r"\d+",

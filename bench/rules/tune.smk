@@ -1,0 +1,21 @@
+rule tune:
+    input:
+        training=collect(
+            f"{MODEL}/training.json",
+            method=EXPERIMENT.trials(),
+            sigma=sigma_text(EXPERIMENT.tuning.sigma),
+            seed=EXPERIMENT.seeds[0],
+        ),
+        code=code_of("bench/tables.py"),
+    output:
+        f"{TABLES}/tuning.csv",
+    log:
+        f"{RESULTS}/logs/tune.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/tune.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        training=lambda wildcards, input: [f"--training {p}" for p in input.training],
+    shell:
+        "python -m bench tuning --experiment {params.experiment} --output {output}"
+        " {params.training} 2>&1 | tee {log}"
