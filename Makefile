@@ -7,11 +7,14 @@ READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
 
-.PHONY: reproduce figures report test lint lock
+.PHONY: reproduce tune figures report test lint lock
 
 reproduce: $(READY)
 	$(SNAKEMAKE) --cores all
 	$(MAKE) report
+
+tune: $(READY)
+	$(SNAKEMAKE) --cores all tune
 
 figures: $(READY)
 	$(SNAKEMAKE) --cores all --until figures
