@@ -86,11 +86,11 @@ def certify(
     expect: Expect = None,
 ) -> None:
     """Certify a model folder on the experiment's test images."""
-    from bench import jobs
+    from bench import certification, jobs
 
     settings = experiment_with(experiment, method)
     jobs.check_fingerprint(settings.certification_fingerprint(sigma, seed), expect)
-    jobs.certify_model(settings, method, sigma, seed, model, output)
+    certification.certify_model(settings, method, sigma, seed, model, output)
 
 
 @app.command()

@@ -153,6 +153,8 @@ class Method(Settings):
     def _learning_rate_where_trained(self) -> "Method":
         if self.trains and self.learning_rate is None:
             raise ValueError("learning_rate is missing: this method trains weights")
+        if not self.trains and self.learning_rate is not None:
+            raise ValueError("learning_rate is given, but a frozen method trains nothing")
         if self.settings and self.baseline is None:
             raise ValueError("settings belong to a baseline: set `baseline` or remove them")
         return self
@@ -167,7 +169,7 @@ class CertificationSettings(Settings):
     alpha: float = Field(default=0.001, gt=0, lt=0.5)
     noise_seed: int = Field(default=2_000_003, ge=0)
     test_images: PositiveInt = 500
-    batch_size: PositiveInt = 1024
+    batch_size: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
     precision: Precision = "bfloat16"
 
     @model_validator(mode="after")

@@ -182,6 +182,6 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
         table.to_csv(temporary, index=False)
     picks = table[table["picked"] & ~table["recorded"]]
     return [
-        f"record methods.{row.method}.learning_rate: {row.learning_rate:.1e}"
+        f"record methods.{row.method}.learning_rate: {row.learning_rate:.3e}"
         for row in picks.itertuples()
     ] or ["the experiment file records every pick"]

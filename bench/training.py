@@ -95,10 +95,9 @@ def fit(
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
     begin = time.perf_counter()
-    batches = _batches(split, settings.batch_size, steps, seed)
-    for step, positions in enumerate(track(batches, steps, "training")):
-        images = split.batch(positions).to(device, non_blocking=True)
-        labels = split.labels[positions].to(device, non_blocking=True)
+    batches = track(_batches(split, settings.batch_size, steps, seed), steps, "training")
+    for step, positions in enumerate(batches):
+        images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
         with precision_context(device, settings.precision):
             value = loss(images, labels, noise)
         value.backward()  # type: ignore[no-untyped-call]

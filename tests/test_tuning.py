@@ -34,7 +34,7 @@ def test_the_best_validation_accuracy_is_picked_and_ties_go_to_the_smaller_rate(
     assert advice == ["the experiment file records every pick"]
     found["lora", "0.001"] = 0.9
     advice = build_tuning(smoke, reports(tmp_path, smoke, found), tmp_path / "tuning.csv")
-    assert advice == ["record methods.lora.learning_rate: 1.0e-03"]
+    assert advice == ["record methods.lora.learning_rate: 1.000e-03"]
 
 
 def test_a_trial_differs_from_its_method_in_the_learning_rate_alone(smoke):

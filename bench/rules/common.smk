@@ -81,12 +81,13 @@ def published_option(wildcards, input):
 TRAIN_CODE = code_of(
     *(
         f"bench/{name}.py"
-        for name in ("backbones", "cost", "data", "objectives", "training")
+        for name in ("backbones", "cost", "data", "jobs", "objectives", "training")
     ),
     "bench/parameterizations",
 )
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
+    "bench/certification.py",
     *(f"bench/smoothing/{name}.py" for name in ("bounds", "engine", "noise")),
 )
 
