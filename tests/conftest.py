@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny experiment, and real data fetched once."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,14 +38,30 @@ def fetched() -> Path:
     return data_folder(settings)
 
 
-@pytest.fixture
-def repository(tmp_path: Path, fetched: Path) -> Path:
-    """A temporary copy of this checkout's sources, with the data in place."""
-    copy = tmp_path / "repository"
+def copy_repository(folder: Path, data: Path) -> Path:
+    """A copy of this checkout's sources in `folder`, with the data in place."""
+    copy = folder / "repository"
     copy.mkdir()
     for name in ("bench", "baselines", "config", "profiles"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "results/published", copy / "results/published")
     shutil.copy(ROOT / "Snakefile", copy)
-    shutil.copytree(fetched, copy / "data/fashion_mnist")
+    shutil.copytree(data, copy / "data/fashion_mnist")
+    return copy
+
+
+@pytest.fixture
+def repository(tmp_path: Path, fetched: Path) -> Path:
+    """A temporary copy of this checkout's sources."""
+    return copy_repository(tmp_path, fetched)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, fetched: Path) -> Path:
+    """A copy in which the smoke experiment ran; tests leave it as they find it."""
+    copy = copy_repository(tmp_path_factory.mktemp("smoke"), fetched)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2"]
+    command += ["--configfile", "config/smoke.yaml"]
+    run = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
     return copy

@@ -35,21 +35,6 @@ def planned(where: Path, *arguments: str) -> set[str]:
     return {name for name in known if f"\n{name} " in said}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory, fetched):
-    """A copy of the sources in which the smoke experiment ran; tests leave it as they find it."""
-    root = Path(__file__).parents[1]
-    copy = tmp_path_factory.mktemp("smoke") / "repository"
-    copy.mkdir()
-    for name in ("bench", "baselines", "config", "profiles"):
-        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(root / "results/published", copy / "results/published")
-    shutil.copy(root / "Snakefile", copy)
-    shutil.copytree(fetched, copy / "data/fashion_mnist")
-    snakemake(copy, *SMOKE)
-    return copy
-
-
 def test_smoke_runs_every_rule_and_fills_the_tables(done):
     experiment = yaml.safe_load((done / "config/smoke.yaml").read_text())
     for table in ("certified_accuracy", "summary", "cost"):
@@ -247,3 +232,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
 
 def test_a_result_folder_agrees_with_itself(done):
     assert agree(compare_results(done / "results/smoke", done / "results/smoke"))
+
+
+def test_scratch_and_a_base_exclude_each_other(done, tmp_path):
+    scratch = ["train", "--experiment", "config/smoke.yaml", "--method", "gaussian_retraining"]
+    scratch += ["--sigma", "0.5", "--output", str(tmp_path / "x")]
+    for arguments in (
+        [*scratch, "--base", "results/smoke/models/base"],
+        ["train", *LORA, "--output", str(tmp_path / "y")],
+    ):
+        answer = bench(done, *arguments)
+        assert answer.returncode == 1
+        assert "exclude each other" in answer.stderr
+        assert "Traceback" not in answer.stderr
