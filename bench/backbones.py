@@ -71,6 +71,22 @@ class Classifier(nn.Module):
         return self
 
 
+def compile_for_inference(classifier: nn.Module, batch: Tensor) -> None:
+    """Compile for the one shape of `batch` `(B, C, H, W)`, weights frozen into the kernels.
+
+    What is compiled rounds differently from what is not: certificates hold for the compiled
+    network, and their sidecar says so.
+    """
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    # On GPUs the mode adds CUDA graphs, which one static shape allows.
+    mode = "max-autotune" if batch.device.type == "cuda" else None
+    classifier.compile(dynamic=False, mode=mode)
+    with torch.inference_mode():
+        classifier(batch)
+
+
 def head_of(network: nn.Module) -> nn.Module:
     """The classification head of a timm model."""
     head: nn.Module = network.get_classifier()  # type: ignore[operator]

@@ -1,131 +1,233 @@
-"""The certification job: a model folder and a protocol in, a log out."""
+"""Certification jobs: a classifier and a protocol in, a log and its sidecar out."""
 
-import json
-from dataclasses import asdict
+import inspect
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from bench.backbones import Classifier
-from bench.config import Experiment
-from bench.data import Data, load_data, spread
-from bench.files import atomic_write, sha256_json, write_json
+import bench
+from bench.backbones import Classifier, compile_for_inference
+from bench.config import CertificationSettings, Experiment
+from bench.data import ImageSplit, load_data, spread
+from bench.errors import BenchError
+from bench.files import sha256_file, sha256_json, write_json
 from bench.model_folder import check_identity, identity_of, load_classifier, read_spec
 from bench.progress import track
 from bench.provenance import machine, pick_device, provenance
-from bench.smoothing.engine import Certificate, Protocol, certify
-from bench.smoothing.log import write_log
+from bench.smoothing.engine import Certificate, certify
+from bench.smoothing.journal import Journal
+from bench.smoothing.log import read_log, read_protocol, write_log
+from bench.smoothing.protocol import Protocol, reachable_radii
+from bench.smoothing.rules import Decide, plan_of
+from bench.statistics import accuracy_interval
+
+# What a continued run may change: both only decide when to stop, see sequential.py.
+STOPPING = ("n", "futility")
 
 
-def protocol_of(experiment: Experiment, sigma: float, seed: int) -> Protocol:
-    """The certification protocol of this experiment, sigma and seed."""
-    settings = experiment.certification
+@dataclass(frozen=True)
+class Task:
+    """What is certified, and the words for it in the sidecar."""
+
+    classifier: Classifier
+    weights_sha256: str
+    test: ImageSplit
+    classes: int
+    data_sha256: str
+    wanted: Tensor
+    protocol: Protocol
+    settings: CertificationSettings
+    names: dict[str, Any]
+
+
+def protocol_of(
+    settings: CertificationSettings,
+    data: str,
+    sigma: float,
+    seed: int,
+    radius_step: float,
+    images: int,
+) -> Protocol:
+    """The protocol of certification settings at one sigma and seed."""
+    family = images if settings.family == "dataset" else 1
+    copied = ("mode", "n0", "n", "alpha", "horizon", "reserve", "reserve_at", "futility")
     return Protocol(
         sigma=sigma,
-        n0=settings.n0,
-        n=settings.n,
-        alpha=settings.alpha,
+        # Of the horizon, not of n: a continued run must keep its grid.
+        radii=reachable_radii(radius_step, sigma, settings.horizon, settings.alpha / family),
+        family_size=family,
         seed=settings.noise_seed + seed,
-        data=experiment.data.name,
+        data=data,
+        tolerance=settings.tolerance,
+        candidate=settings.candidate,
         batch_size=settings.batch_size,
+        **{name: getattr(settings, name) for name in copied},
     )
 
 
-def certify_model(
-    experiment: Experiment, method: str, sigma: float, seed: int, model: Path, output: Path
+def certify_method(
+    experiment: Experiment,
+    method: str,
+    sigma: float,
+    seed: int,
+    model: Path,
+    output: Path,
+    shard: int = 1,
 ) -> None:
-    """Certify a model folder on the test images; write the log and its JSON sidecar.
+    """Certify a model folder of an experiment; write the log and its JSON sidecar.
 
-    Finished images are kept in `<output>.partial`, from which a rerun continues.
+    Args:
+        experiment: says how; its `certification.shards` deals images out to shards.
+        method: its name in the experiment file.
+        sigma: noise level in [0, 1] pixels.
+        seed: of the model and the noise.
+        model: the model folder.
+        output: the log. Votes are kept beside it, and a rerun continues from them.
+        shard: which share of the images, from 1.
     """
     check_identity(model, identity_of(experiment, method, sigma, seed))
+    data, settings = load_data(experiment.data), experiment.certification
+    wanted = spread(len(data.test.labels), settings.test_images)
+    step = experiment.radius_step
+    task = Task(
+        classifier=load_classifier(model),
+        weights_sha256=read_spec(model).weights_sha256,
+        test=data.test,
+        classes=data.classes,
+        data_sha256=data.sha256,
+        wanted=wanted[shard - 1 :: settings.shards],
+        protocol=protocol_of(settings, data.name, sigma, seed, step, len(wanted)),
+        settings=settings,
+        names={"experiment": experiment.name, "method": method, "sigma": sigma, "seed": seed},
+    )
+    run_task(task, output)
+
+
+def run_task(task: Task, output: Path) -> pd.DataFrame:
+    """Certify the wanted images, write log and sidecar, return the log."""
     device = pick_device()
-    data = load_data(experiment.data)
-    classifier = load_classifier(model).for_inference(experiment.certification.precision)
-    classifier.to(device)
-    protocol = protocol_of(experiment, sigma, seed)
-    wanted = spread(len(data.test.labels), experiment.certification.test_images)
-    meaning = {
-        "experiment": experiment.name,
-        "method": method,
-        "seed": seed,
-        "mode": experiment.certification.mode,
-        **{key: value for key, value in asdict(protocol).items() if key != "seed"},
+    settings, protocol = task.settings, task.protocol
+    images = task.test.batch(task.wanted).to(device)
+    classifier = task.classifier.for_inference(settings.precision).to(device)
+    meaning = _meaning(task, device)
+    journal = Journal(output.with_suffix(".votes.jsonl"), sha256_json(_planned(meaning)))
+    if settings.compile:
+        shape = (settings.batch_size, *images.shape[1:])
+        compile_for_inference(classifier, images[:1].expand(shape).clone())
+    labels = task.test.labels[task.wanted].tolist()
+    stream = certify(
+        classifier, images, labels, task.wanted.tolist(), protocol, task.classes, journal
+    )
+    state = Progress()
+    rows = [
+        asdict(state.add(certificate))
+        for certificate in track(stream, len(labels), "certifying", state.text)
+    ]
+    rows.sort(key=lambda row: int(row["idx"]))
+    write_log(rows, output)
+    spent = {name: sum(row[key] for row in rows) for name, key in SPENT.items()}
+    write_json(output.with_suffix(".json"), {**meaning, **spent, **provenance(device)})
+    return pd.DataFrame(rows)
+
+
+SPENT = {"seconds": "time", "samples": "samples", "non_finite_votes": "non_finite"}
+
+
+def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
+    """The sidecar: all that the certificates depend on."""
+    protocol, settings = task.protocol, task.settings
+    described = {key: value for key, value in asdict(protocol).items() if key != "seed"}
+    if protocol.mode == "decide":
+        described["plan"] = plan_of(protocol).as_json()
+        described["boundaries_sha256"] = Decide(protocol).table.sha256
+    return {
+        **described,
+        **task.names,
         "noise_seed": protocol.seed,
+        "alpha_per_image": protocol.alpha_per_image,
         "noise_resolution": "native",
-        "precision": experiment.certification.precision,
-        "weights_sha256": read_spec(model).weights_sha256,
-        "data_sha256": data.sha256,
-        "images_sha256": sha256_json(wanted.tolist()),
+        "precision": settings.precision,
+        "compile": "inductor" if settings.compile else "none",
+        "n_images": len(task.wanted),
+        "weights_sha256": task.weights_sha256,
+        "data_sha256": task.data_sha256,
+        "images_sha256": sha256_json(task.wanted.tolist()),
+        "code_sha256": _code_hash(task.classifier),
         "machine": machine(device),
         "torch": torch.__version__,
     }
-    rows = _certify_rows(classifier, data, wanted, protocol, device, meaning, output)
-    sidecar = {
-        **meaning,
-        "n_images": len(rows),
-        "seconds": sum(row["time"] for row in rows),
-        **provenance(device),
+
+
+def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
+    """What votes kept from an earlier run must have been drawn under."""
+    free = STOPPING if meaning["mode"] == "decide" else ()
+    return {key: value for key, value in meaning.items() if key not in free}
+
+
+def _code_hash(classifier: Classifier) -> str:
+    """Hash of the sources that votes and decisions come from: this project's, of this model."""
+    root = Path(bench.__file__).parent
+    files = {*root.glob("smoothing/*.py"), Path(__file__)}
+    for module in classifier.modules():
+        source = Path(inspect.getfile(type(module)))
+        if source.is_relative_to(root.parent):
+            files.add(source)
+    return sha256_json(sorted((path.name, sha256_file(path)) for path in files))
+
+
+class Progress:
+    """Running text: certified correctly so far with interval, samples per image."""
+
+    def __init__(self) -> None:
+        self.images, self.right, self.samples = 0, 0, 0
+
+    def add(self, certificate: Certificate) -> Certificate:
+        """Count one certificate and hand it on."""
+        self.images += 1
+        self.right += certificate.correct
+        self.samples += certificate.samples
+        return certificate
+
+    def text(self) -> str:
+        """For the progress bar."""
+        if not self.images:
+            return ""
+        low, high = accuracy_interval(self.right, self.images)
+        share = 100 * self.right / self.images
+        return (
+            f"certified {share:.1f} % [{100 * float(low):.1f}, {100 * float(high):.1f}], "
+            f"{self.samples / self.images:.0f} samples per image"
+        )
+
+
+def gather(shards: list[Path], output: Path) -> None:
+    """Put the logs of all shards together.
+
+    Raises:
+        BenchError: they do not belong together or do not cover the images.
+    """
+    sidecars = [read_protocol(path) for path in shards]
+    own = {"n_images", "images_sha256", *SPENT, "machine"}
+    first = {key: value for key, value in sidecars[0].items() if key not in own}
+    for path, sidecar in zip(shards, sidecars, strict=True):
+        for key, value in first.items():
+            if sidecar.get(key) != value:
+                raise BenchError(f"{path}: {key} differs from {shards[0]}: certify both again")
+    logs = [read_log(path) for path in shards]
+    whole = pd.concat(logs).sort_values("idx")
+    if whole["idx"].duplicated().any():
+        raise BenchError(f"{shards[0]} and others list the same image: certify again")
+    totals = {name: float(sum(s[name] for s in sidecars)) for name in SPENT}
+    merged = {
+        **sidecars[0],
+        **totals,
+        "n_images": len(whole),
+        "images_sha256": sha256_json(whole["idx"].tolist()),
+        "shards": len(shards),
     }
-    write_log(rows, output)
-    write_json(output.with_suffix(".json"), sidecar)
-    _partial(output).unlink(missing_ok=True)
-
-
-def _certify_rows(
-    classifier: Classifier,
-    data: Data,
-    wanted: Tensor,
-    protocol: Protocol,
-    device: torch.device,
-    meaning: dict[str, Any],
-    output: Path,
-) -> list[dict[str, Any]]:
-    rows = _resume(output, sha256_json(meaning))
-    rest = wanted[len(rows) :]
-    if not len(rest):
-        return rows
-    stream = certify(
-        classifier,
-        data.test.batch(rest).to(device),
-        data.test.labels[rest].tolist(),
-        rest.tolist(),
-        protocol,
-        data.classes,
-    )
-    with _partial(output).open("a") as partial:
-        for certificate in track(stream, len(rest), "certifying"):
-            rows.append(_row(certificate))
-            partial.write(json.dumps(rows[-1]) + "\n")
-            partial.flush()
-    return rows
-
-
-def _row(certificate: Certificate) -> dict[str, Any]:
-    values = asdict(certificate)
-    first = ("idx", "label", "predict", "radius")
-    return {
-        **{key: values.pop(key) for key in first},
-        "correct": certificate.correct,
-        **values,
-    }
-
-
-def _partial(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")
-
-
-def _resume(output: Path, meaning: str) -> list[dict[str, Any]]:
-    """Rows of an interrupted run with the same meaning; otherwise start afresh."""
-    path = _partial(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().split("\n") if path.exists() else []
-    # The last piece is empty, or a line that a kill cut off.
-    complete = [json.loads(line) for line in lines[:-1]]
-    rows = complete[1:] if complete[:1] == [{"meaning": meaning}] else []
-    with atomic_write(path) as temporary:
-        kept = [{"meaning": meaning}, *rows]
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    return rows
+    write_log(whole.to_dict("records"), output)
+    write_json(output.with_suffix(".json"), merged)

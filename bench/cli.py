@@ -76,21 +76,53 @@ def train(
 
 
 @app.command()
-def certify(
+def certify_method(
     experiment: ExperimentFile,
     method: MethodName,
     sigma: Sigma,
     model: Annotated[Path, typer.Option(help="Model folder.")],
     output: Output,
     seed: Seed = 0,
+    shard: Annotated[int, typer.Option(help="Share of the images, from 1.")] = 1,
     expect: Expect = None,
 ) -> None:
-    """Certify a model folder on the experiment's test images."""
+    """Certify a method of an experiment on its test images."""
     from bench import certification, jobs
 
     settings = experiment_with(experiment, method)
     jobs.check_fingerprint(settings.certification_fingerprint(sigma, seed), expect)
-    certification.certify_model(settings, method, sigma, seed, model, output)
+    certification.certify_method(settings, method, sigma, seed, model, output, shard)
+
+
+@app.command()
+def gather(
+    output: Output, shard: Annotated[list[Path], typer.Option(help="Log of a shard; repeat.")]
+) -> None:
+    """Put the certification logs of all shards together."""
+    from bench.certification import gather
+
+    gather(shard, output)
+
+
+@app.command()
+def certify(
+    model: Annotated[str, typer.Option(help="Model folder, or timm:NAME.")],
+    data: Annotated[str, typer.Option(help="Data set, or a folder of CLASS/IMAGE files.")],
+    sigma: Sigma,
+    output: Output,
+    images: Annotated[int, typer.Option(help="Test images, evenly spread.")] = 500,
+    step: Annotated[float, typer.Option(help="Step of the radius grid.")] = 0.25,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE of `certification`, see config/README.md; repeat."),
+    ] = None,
+) -> None:
+    """Certify anyone's classifier and print its certified accuracy."""
+    from bench.standalone import certify_anything
+
+    changes = dict(item.partition("=")[::2] for item in setting or [])
+    table = certify_anything(model, data, sigma, images, step, changes, output)
+    typer.echo(table.to_string(index=False))
 
 
 @app.command()

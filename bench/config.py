@@ -160,25 +160,62 @@ class Method(Settings):
         return self
 
 
-class CertificationSettings(Settings):
-    """Cohen's CERTIFY; the noise seed is used for certification alone."""
+PRESETS: dict[str, dict[str, int | float]] = {
+    "default": {"n": 100_000, "reserve": 0.3, "futility": 0.042},
+    "exact": {"n": 100_000, "reserve": 0.5, "futility": 0.001},
+    "quick": {"n": 10_000, "reserve": 0.3, "futility": 0.05},
+}
 
-    mode: Literal["cohen"] = "cohen"
+
+class CertificationSettings(Settings):
+    """How certificates are made; the noise seed is used for certification alone.
+
+    A preset gives `n`, `reserve` and `futility`; each may be set beside it.
+    """
+
+    mode: Literal["decide", "cohen", "radius", "predict"] = "decide"
+    preset: Literal["default", "exact", "quick"] = "default"
+    candidate: Literal["pilot", "label"] = "pilot"
+    family: Literal["image", "dataset"] = "image"
     n0: PositiveInt = 100
     n: PositiveInt = 100_000
     alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    horizon: PositiveInt = 1_000_000
+    reserve: float = Field(default=0.3, ge=0, lt=1)
+    reserve_at: PositiveInt | None = None
+    futility: float = Field(default=0.042, ge=0, lt=1)
+    tolerance: PositiveFloat = 0.01
     noise_seed: int = Field(default=2_000_003, ge=0)
     test_images: PositiveInt = 500
+    shards: PositiveInt = 1
     batch_size: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
     precision: Precision = "bfloat16"
+    compile: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_values(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {**PRESETS.get(values.get("preset", "default"), {}), **values}
+
+    @property
+    def alpha_per_image(self) -> float:
+        """Error probability of one certificate."""
+        return self.alpha / (self.test_images if self.family == "dataset" else 1)
 
     @model_validator(mode="after")
     def _can_certify(self) -> "CertificationSettings":
-        if self.alpha ** (1 / self.n) <= 0.5:
+        if self.alpha_per_image ** (1 / self.n) <= 0.5:
             raise ValueError(
-                f"n = {self.n} draws can certify nothing at alpha = {self.alpha}: "
-                "even n equal votes give a bound below 1/2; raise n (10 is the least at 0.001)"
+                f"n = {self.n} draws can certify nothing at alpha = {self.alpha_per_image} per "
+                "image: even n equal votes give a bound below 1/2; raise n (10 is the least at "
+                "0.001)"
             )
+        if self.mode == "decide" and self.n > self.horizon:
+            raise ValueError(f"n = {self.n} exceeds horizon = {self.horizon}: raise horizon")
+        if self.mode == "decide" and self.n < min(32, self.horizon):
+            raise ValueError(f"n = {self.n} is below the first look at 32: raise n, or set horizon")
         return self
 
 
@@ -265,7 +302,8 @@ class Experiment(Settings):
 
     def certification_fingerprint(self, sigma: float, seed: int) -> str:
         """Hash of the settings that define one certification, the model's own aside."""
-        return sha256_json([self.data.name, self.certification.model_dump(), sigma, seed])
+        settings = self.certification.model_dump()
+        return sha256_json([self.data.name, self.radius_step, settings, sigma, seed])
 
 
 def sigma_text(sigma: float) -> str:

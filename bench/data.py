@@ -333,6 +333,20 @@ def _load_folders(
     return splits[0], splits[1], len(names)
 
 
+def labelled_folder(folder: Path, size: int) -> tuple[FolderSplit, int]:
+    """Images of `folder`/CLASS/IMAGE, classes numbered in the order of their sorted names.
+
+    Raises:
+        BenchError: there are none.
+    """
+    paths = _image_files(folder)
+    if not paths:
+        raise BenchError(f"{folder} holds no images: put <class>/<image> files there")
+    names = sorted({path.parent.name for path in paths})
+    labels = torch.tensor([names.index(path.parent.name) for path in paths])
+    return FolderSplit(paths, labels, size), len(names)
+
+
 def spread(count: int, wanted: int) -> Tensor:
     """Positions of `wanted` test images, evenly spaced over `count`: every k-th from 0."""
     return torch.arange(0, count, max(1, count // wanted))[:wanted]

@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -13,10 +13,15 @@ QUIET_SECONDS = 20.0
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yield `items`, showing how many of `total` are done."""
+def track(
+    items: Iterable[T], total: int, what: str, status: Callable[[], str] = lambda: ""
+) -> Iterator[T]:
+    """Yield `items`, showing how many of `total` are done, the time left and `status()`."""
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=what)
+        bar = tqdm(items, total=total, desc=what)
+        for item in bar:
+            yield item
+            bar.set_postfix_str(status(), refresh=False)
         return
     begin = shown = time.monotonic()
     for done, item in enumerate(items, start=1):
@@ -24,4 +29,6 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         now = time.monotonic()
         if now - shown > QUIET_SECONDS or done == total:
             shown = now
-            log.info("%s: %d of %d, %.0f s", what, done, total, now - begin)
+            left = (now - begin) * (total - done) / done
+            parts = [f"{done} of {total}", f"{now - begin:.0f} s", f"{left:.0f} s left", status()]
+            log.info("%s: %s", what, ", ".join(filter(None, parts)))

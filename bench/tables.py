@@ -116,7 +116,7 @@ def _summary_row(
 ) -> dict[str, Any]:
     images = len(log)
     row = {**_named(experiment, protocol), "n_images": images}
-    row |= {key: protocol[key] for key in ("n0", "n", "alpha")}
+    row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha")}
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
     for name, hits in (("clean", clean), ("smoothed", smoothed)):
@@ -124,7 +124,8 @@ def _summary_row(
         row |= {f"{name}_accuracy": hits / images}
         row |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return row | {
-        "noisy_accuracy": log["n_label"].sum() / (protocol["n"] * images),
+        # Of the pilot alone: later draws stop early where the answer is clear.
+        "noisy_accuracy": log["n0_label"].sum() / log["n0"].sum() if log["n0"].any() else np.nan,
         "abstention": float((log["predict"] == -1).mean()),
         "average_certified_radius": average_certified_radius(log),
         "certification_seconds": protocol["seconds"],

@@ -45,7 +45,7 @@ def test_a_mistake_is_named_with_file_and_key(smoke_values, path, value, named):
 
 def test_ten_draws_are_enough_at_one_in_a_thousand(smoke_values):
     values = copy.deepcopy(smoke_values)
-    values["certification"]["n"] = 10
+    values["certification"] |= {"n": 10, "horizon": 10}
     assert parse_experiment(values, "x").certification.n == 10
 
 

@@ -31,7 +31,9 @@ def log_rows(radii: list[float]) -> list[dict[str, Any]]:
             "samples": 110,
             "n_a": 90,
             "p_a_lower": 0.8,
-            "n_label": 60,
+            "n": 100,
+            "n0": 10,
+            "n0_label": 6,
             "clean_predict": 1 if predict != 2 else 2,
         }
         for idx, (predict, radius) in enumerate(answers)
@@ -45,7 +47,14 @@ def write_point(folder: Path, method: str, sigma: float, radii: list[float]) -> 
     rows = log_rows(radii)
     write_log(rows, log)
     identity = {"experiment": "smoke", "method": method, "sigma": sigma, "seed": 0}
-    protocol = {"n0": 10, "n": 100, "alpha": 0.001, "noise_seed": 7, "n_images": len(rows)}
+    protocol = {
+        "mode": "cohen",
+        "n0": 10,
+        "n": 100,
+        "alpha": 0.001,
+        "noise_seed": 7,
+        "n_images": len(rows),
+    }
     run = {"seconds": 9.0, "machine": "m", "git_revision": "r", "git_dirty": False}
     log.with_suffix(".json").write_text(json.dumps({**identity, **protocol, **run}))
     counts = {"trainable_parameters": 130, "head_parameters": 30, "training_flops": 5}

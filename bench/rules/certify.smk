@@ -1,24 +1,77 @@
-rule certify:
-    input:
-        model=f"{MODEL}/classifier.json",
-        weights=f"{MODEL}/model.safetensors",
-        data=DATA,
-        code=CERTIFY_CODE,
-    output:
-        log=f"{CERTIFICATES}.tsv",
-        protocol=f"{CERTIFICATES}.json",
-    log:
-        f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
-    benchmark:
-        f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
-    threads: EXPERIMENT.threads_per_job
-    resources:
-        gpu=EXPERIMENT.gpus_per_job,
-    params:
-        experiment=EXPERIMENT_FILE,
-        expect=planned_certification,
-    shell:
-        "python -m bench certify --experiment {params.experiment}"
-        " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
-        " --model $(dirname {input.model}) --output {output.log}"
-        " --expect {params.expect} > {log} 2>&1"
+SHARDS = EXPERIMENT.certification.shards
+CERTIFY = (
+    "python -m bench certify-method --experiment {params.experiment}"
+    " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
+    " --model $(dirname {input.model}) --output {output.log} --expect {params.expect}"
+)
+
+
+scattergather:
+    images=SHARDS,
+
+
+if SHARDS == 1:
+
+    rule certify:
+        input:
+            model=f"{MODEL}/classifier.json",
+            weights=f"{MODEL}/model.safetensors",
+            data=DATA,
+            code=CERTIFY_CODE,
+        output:
+            log=f"{CERTIFICATES}.tsv",
+            protocol=f"{CERTIFICATES}.json",
+        log:
+            f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+        threads: EXPERIMENT.threads_per_job
+        resources:
+            gpu=EXPERIMENT.gpus_per_job,
+        params:
+            experiment=EXPERIMENT_FILE,
+            expect=planned_certification,
+        shell:
+            CERTIFY + " > {log} 2>&1"
+
+else:
+
+    rule certify_shard:
+        input:
+            model=f"{MODEL}/classifier.json",
+            weights=f"{MODEL}/model.safetensors",
+            data=DATA,
+            code=CERTIFY_CODE,
+        output:
+            log=f"{CERTIFICATES}.shards/{{scatteritem}}.tsv",
+            protocol=f"{CERTIFICATES}.shards/{{scatteritem}}.json",
+        log:
+            f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}/{{scatteritem}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}/{{scatteritem}}.tsv"
+        threads: EXPERIMENT.threads_per_job
+        resources:
+            gpu=EXPERIMENT.gpus_per_job,
+        params:
+            experiment=EXPERIMENT_FILE,
+            expect=planned_certification,
+            shard=lambda wildcards: wildcards.scatteritem.partition("-of-")[0],
+        shell:
+            CERTIFY + " --shard {params.shard} > {log} 2>&1"
+
+    rule gather_certificates:
+        input:
+            gather.images(
+                f"{CERTIFICATES.replace('{', '{{').replace('}', '}}')}.shards/{{scatteritem}}.tsv"
+            ),
+        output:
+            log=f"{CERTIFICATES}.tsv",
+            protocol=f"{CERTIFICATES}.json",
+        log:
+            f"{RESULTS}/logs/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+        params:
+            shards=lambda wildcards, input: [f"--shard {path}" for path in input],
+        shell:
+            "python -m bench gather --output {output.log} {params.shards} > {log} 2>&1"

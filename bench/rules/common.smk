@@ -88,7 +88,18 @@ TRAIN_CODE = code_of(
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",
-    *(f"bench/smoothing/{name}.py" for name in ("bounds", "engine", "noise")),
+    *(
+        f"bench/smoothing/{name}.py"
+        for name in (
+            "bounds",
+            "engine",
+            "noise",
+            "protocol",
+            "rules",
+            "sequential",
+            "voting",
+        )
+    ),
 )
 
 

@@ -1,96 +1,50 @@
-"""CERTIFY (Cohen 2019, algorithm 1) over many images in one stream of fixed-shape batches."""
+"""Certification of many images at once: a pool in flight, rounds of full batches."""
 
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.smoothing.bounds import certified_radius, p_a_lower
-from bench.smoothing.noise import BLOCK, noise_key, standard_normal
+from bench.smoothing.journal import Journal
+from bench.smoothing.noise import BLOCK
+from bench.smoothing.protocol import Protocol
+from bench.smoothing.rules import Rule, Tally, Verdict, rule_of
+from bench.smoothing.voting import Item, clean_votes, count_votes, items_of
 
-ABSTAIN = -1
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a certificate means: noise level, draws, error probability and noise stream."""
-
-    sigma: float
-    n0: int
-    n: int
-    alpha: float
-    seed: int
-    data: str
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if self.batch_size % BLOCK:
-            raise ValueError(f"batch_size must be a multiple of {BLOCK}, got {self.batch_size}")
+PILOT = "selection"
+POOL = 512
+ROUND_BATCHES = 64
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """One image's certificate; `predict` -1 and radius 0 mean abstention."""
+    """One image's certificate; `predict` -1 and radius 0 mean abstention.
+
+    `samples` counts all noisy forward passes: `n0` of the pilot, of which `n0_label` voted for
+    the true class, and `n` for estimation, of which `n_a` voted for `candidate`.
+    """
 
     idx: int
     label: int
     predict: int
     radius: float
+    correct: int
     time: float
     samples: int
     n_a: int
     p_a_lower: float
-    n_label: int
+    n: int
+    candidate: int
+    n0: int
+    n0_label: int
+    non_finite: int
     clean_predict: int
 
-    @property
-    def correct(self) -> int:
-        """1 where the smoothed classifier's answer is the label."""
-        return int(self.predict == self.label)
 
-
-def count_votes(
-    classifier: nn.Module,
-    images: Tensor,
-    ids: list[int],
-    draws: int,
-    domain: str,
-    protocol: Protocol,
-    classes: int,
-) -> Tensor:
-    """Votes `(B, classes + 1)` of `draws` noisy copies of each image `(B, C, H, W)`.
-
-    The last column counts non-finite logits, which vote for no class. Noise is added in
-    float32 in pixel space and never clamped. Every batch has one shape, the last one padded,
-    so that the network's rounding does not change with the number of images.
-    """
-    blocks = -(-draws // BLOCK)
-    items = [(row, block) for row in range(len(ids)) for block in range(blocks)]
-    per_batch = protocol.batch_size // BLOCK
-    counts = torch.zeros(len(ids) * (classes + 1), dtype=torch.int64, device=images.device)
-    offsets = torch.arange(BLOCK, device=images.device)
-    for start in range(0, len(items), per_batch):
-        batch = items[start : start + per_batch]
-        padded = batch + [batch[-1]] * (per_batch - len(batch))
-        keys = [noise_key(protocol.seed, protocol.data, ids[r], domain, b) for r, b in padded]
-        noise = standard_normal(keys, images.shape[1:], images.device)
-        rows = torch.tensor([r for r, _ in padded], device=images.device).repeat_interleave(BLOCK)
-        votes = _vote(classifier(images[rows] + protocol.sigma * noise), classes)
-        first = torch.tensor([b * BLOCK for _, b in padded], device=images.device)
-        wanted = (first[:, None] + offsets).flatten() < draws
-        wanted[len(batch) * BLOCK :] = False
-        counts += torch.bincount((rows * (classes + 1) + votes)[wanted], minlength=len(counts))
-    return counts.view(len(ids), classes + 1).cpu()
-
-
-def _vote(logits: Tensor, classes: int) -> Tensor:
-    finite = torch.isfinite(logits).all(dim=1)
-    return torch.where(finite, logits.float().argmax(dim=1), classes)
-
-
-@torch.inference_mode()
 def certify(
     classifier: nn.Module,
     images: Tensor,
@@ -98,57 +52,147 @@ def certify(
     ids: list[int],
     protocol: Protocol,
     classes: int,
-    pool: int = 32,
+    journal: Journal | None = None,
 ) -> Iterator[Certificate]:
-    """Yield a certificate per image, `pool` images at a time.
+    """Yield a certificate per image as each is done; sort by `idx` where order matters.
 
     Args:
-        classifier: maps `(B, C, H, W)` pixels in [0, 1] plus noise to `(B, classes)` logits.
-        images: clean images `(N, C, H, W)` on the classifier's device.
-        labels: true classes; they decide nothing but the `n_label` column.
+        classifier: maps `(B, C, H, W)` pixels in [0, 1] plus noise to `(B, classes)` logits,
+            each row by itself (evaluation mode, no batch statistics).
+        images: clean images `(N, C, H, W)`, float32, on the classifier's device.
+        labels: true classes; with the candidate `pilot` they decide nothing but columns.
         ids: indices in the test set; they key the noise.
         protocol: what the certificates mean.
         classes: number of classes.
-        pool: images certified together; the results do not depend on it.
+        journal: keeps votes as rounds end and gives back those of an interrupted run.
     """
-    for start in range(0, len(ids), pool):
-        part = slice(start, start + pool)
-        yield from _certify_pool(
-            classifier, images[part], labels[part], ids[part], protocol, classes
-        )
+    run = _Run(classifier, images, protocol, classes, journal)
+    clean = clean_votes(classifier, images, protocol.batch_size, classes)
+    waiting = iter([run.open(*image) for image in zip(ids, labels, range(len(ids)), strict=True)])
+    pool: list[Tally] = []
+    while pool := [*pool, *itertools.islice(waiting, POOL - len(pool))]:
+        for tally in pool:
+            if tally.done:
+                yield _certificate(tally, run.rule.verdict(tally), int(clean[tally.position]))
+        pool = [tally for tally in pool if not tally.done]
+        if pool:
+            run.draw_round(pool)
 
 
-def _certify_pool(
-    classifier: nn.Module,
-    images: Tensor,
-    labels: list[int],
-    ids: list[int],
-    protocol: Protocol,
-    classes: int,
-) -> Iterator[Certificate]:
-    begin = time.perf_counter()
-    padding = protocol.batch_size - len(images)
-    shape = images.shape[1:]
-    padded = torch.cat([images, images[-1:].expand(padding, *shape)]) if padding > 0 else images
-    clean = _vote(classifier(padded), classes).cpu()
-    pilot = count_votes(classifier, images, ids, protocol.n0, "selection", protocol, classes)
-    # A fresh domain: counts that chose the class must not also vouch for it.
-    votes = count_votes(classifier, images, ids, protocol.n, "estimation", protocol, classes)
-    seconds = (time.perf_counter() - begin) / len(ids)
-    for row, (idx, label) in enumerate(zip(ids, labels, strict=True)):
-        candidate = int(pilot[row, :classes].argmax())
-        n_a = int(votes[row, candidate])
-        lower = p_a_lower(n_a, protocol.n, protocol.alpha)
-        radius = certified_radius(lower, protocol.sigma)
-        yield Certificate(
-            idx=idx,
-            label=label,
-            predict=ABSTAIN if radius is None else candidate,
-            radius=radius or 0.0,
-            time=seconds,
-            samples=protocol.n0 + protocol.n,
-            n_a=n_a,
-            p_a_lower=lower,
-            n_label=int(votes[row, label]),
-            clean_predict=int(clean[row]),
+def _certificate(tally: Tally, verdict: Verdict, clean_predict: int) -> Certificate:
+    return Certificate(
+        idx=tally.idx,
+        label=tally.label,
+        predict=verdict.predict,
+        radius=verdict.radius,
+        correct=int(verdict.predict == tally.label),
+        time=tally.seconds,
+        samples=tally.piloted + tally.drawn,
+        n_a=tally.n_a,
+        p_a_lower=verdict.p_a_lower,
+        n=tally.drawn,
+        candidate=tally.candidate,
+        n0=tally.piloted,
+        n0_label=int(tally.selection[tally.label]),
+        non_finite=int(tally.votes[-1]),
+        clean_predict=clean_predict,
+    )
+
+
+class _Run:
+    """Draws for a pool of images, in rounds of at most `ROUND_BATCHES` batches."""
+
+    def __init__(
+        self,
+        classifier: nn.Module,
+        images: Tensor,
+        protocol: Protocol,
+        classes: int,
+        journal: Journal | None,
+    ):
+        self.classifier, self.images, self.protocol = classifier, images, protocol
+        self.classes, self.journal = classes, journal
+        self.rule: Rule = rule_of(protocol)
+        self.pilot = protocol.n0 if self._needs_pilot() else 0
+
+    def _needs_pilot(self) -> bool:
+        if self.protocol.mode == "predict":
+            return False
+        return self.protocol.candidate == "pilot" or self.protocol.mode == "radius"
+
+    def open(self, idx: int, label: int, position: int) -> Tally:
+        """A tally with the votes that the journal kept."""
+        bins = self.classes + 1
+        tally = Tally(idx, label, position, np.zeros(bins, np.int64), np.zeros(bins, np.int64))
+        self._advance(tally)
+        if self.journal is not None:
+            for domain in (PILOT, self.rule.domain):
+                for drawn, votes in self.journal.read(idx, domain, bins):
+                    # A run that was to draw more may have left rows beyond this one's end.
+                    if not tally.done:
+                        self._absorb(tally, domain, drawn, votes)
+        return tally
+
+    def _advance(self, tally: Tally) -> None:
+        """Choose the candidate once the pilot is complete; ask the rule at each goal."""
+        if tally.piloted < self.pilot:
+            return
+        if tally.drawn == 0 and self.protocol.mode != "predict":
+            by_label = self.protocol.candidate == "label"
+            tally.candidate = tally.label if by_label else int(tally.selection[:-1].argmax())
+        if tally.drawn == tally.goal:
+            tally.goal = self.rule.next_goal(tally)
+            tally.done = tally.goal == tally.drawn
+
+    def _absorb(self, tally: Tally, domain: str, drawn: int, votes: NDArray[np.int64]) -> None:
+        if domain == PILOT:
+            tally.piloted, tally.selection = drawn, votes
+        else:
+            tally.drawn, tally.votes = drawn, votes
+        self._advance(tally)
+
+    def _pending(self, tally: Tally) -> tuple[str, int, int]:
+        if tally.piloted < self.pilot:
+            return PILOT, tally.piloted, self.pilot
+        return self.rule.domain, tally.drawn, tally.goal
+
+    def draw_round(self, pool: list[Tally]) -> None:
+        """Draw what the images of `pool` need next, as far as one round goes."""
+        begin = time.perf_counter()
+        room = ROUND_BATCHES * self.protocol.batch_size // BLOCK
+        items: list[Item] = []
+        touched: list[tuple[Tally, str, int, int]] = []
+        for tally in pool:
+            if len(items) >= room:
+                break
+            domain, start, stop = self._pending(tally)
+            stop = min(stop, (start // BLOCK + room - len(items)) * BLOCK)
+            stream = (self.protocol.seed, self.protocol.data, tally.idx, domain)
+            new = items_of(len(touched), tally.position, stream, start, stop)
+            touched.append((tally, domain, stop, len(new)))
+            items += new
+        votes = count_votes(
+            self.classifier,
+            self.images,
+            items,
+            self.protocol.sigma,
+            self.protocol.batch_size,
+            self.classes,
         )
+        seconds = time.perf_counter() - begin
+        self._settle(touched, votes, seconds / len(items))
+
+    def _settle(
+        self,
+        touched: list[tuple[Tally, str, int, int]],
+        votes: NDArray[np.int64],
+        seconds_per_item: float,
+    ) -> None:
+        kept = []
+        for (tally, domain, drawn, items), new in zip(touched, votes, strict=True):
+            before = tally.selection if domain == PILOT else tally.votes
+            kept.append((tally.idx, domain, drawn, before + new))
+            tally.seconds += seconds_per_item * items
+            self._absorb(tally, *kept[-1][1:])
+        if self.journal is not None:
+            self.journal.append(kept)

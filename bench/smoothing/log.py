@@ -1,5 +1,6 @@
 """Certification logs: one TSV, read by header, beside a JSON that says what it means."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def _seconds(text: object) -> float:
     return total
 
 
-def write_log(rows: list[dict[str, Any]], path: Path) -> None:
+def write_log(rows: Sequence[dict[Any, Any]], path: Path) -> None:
     """Write rows at full precision: three digits would round some radii up, an over-claim."""
     with atomic_write(path) as temporary:
         pd.DataFrame(rows).to_csv(temporary, sep="\t", index=False)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,18 @@ def noise_key(seed: int, data: str, image: int, domain: str, block: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def standard_normal(keys: Sequence[int], shape: Sequence[int], device: torch.device) -> Tensor:
-    """Float32 N(0, 1) draws `(len(keys) * 32, C, H, W)`, block i from `keys[i]`.
+def key_tensor(keys: Sequence[int], device: torch.device) -> Tensor:
+    """Keys `(n,)` as the unsigned integers that the generator takes."""
+    return torch.from_numpy(np.array(keys, np.uint64)).to(device)
+
+
+def standard_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """Float32 N(0, 1) draws `(n * 32, C, H, W)` on the device of `keys`, block i from key i.
 
     torch's CPU generator takes 32-bit seeds only, so blocks would repeat; its stateless Philox
     takes 64-bit keys, and gives the same bits whatever the batch, the order and the shard.
     """
-    pairs = torch.tensor([[key, 0] for key in keys], dtype=torch.uint64, device=device)
-    draws = torch.empty(len(keys), BLOCK * shape[0] * shape[1] * shape[2], device=device)
+    pairs = torch.stack([keys, torch.zeros_like(keys)], dim=1)
+    draws = torch.empty(len(keys), BLOCK * shape[0] * shape[1] * shape[2], device=keys.device)
     torch.ops.aten._philox_normal_(draws, pairs[:, None])
     return draws.view(len(keys) * BLOCK, *shape)

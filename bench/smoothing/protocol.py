@@ -1,0 +1,85 @@
+"""What a certificate means, fixed before the first draw."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bench.smoothing.bounds import radius_cap
+from bench.smoothing.noise import BLOCK
+
+Mode = Literal["decide", "cohen", "radius", "predict"]
+Candidate = Literal["pilot", "label"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Noise level, mode, draws, error probability and noise stream of a certification.
+
+    Args:
+        sigma: standard deviation of the noise in [0, 1] pixels.
+        mode: `decide` tests a grid of radii with as few draws as it needs; `cohen` draws `n`
+            for every image (Cohen 2019, CERTIFY); `radius` draws what a pilot says is needed
+            to come within `tolerance` of what `n` draws would certify (Chen 2022, pilot
+            discarded); `predict` answers without a radius (Cohen 2019, PREDICT).
+        n0: pilot draws, which choose the candidate class and nothing else.
+        n: most estimation draws per image.
+        alpha: probability that a certificate is wrong, per image or over `family_size` images.
+        radii: `decide` tests these, increasing, in [0, 1]-pixel l2.
+        horizon: draws up to which `decide` plans looks; a finished run can be continued to it.
+        reserve: share of alpha that `decide` keeps for the look at `reserve_at` (None: `n`).
+        futility: `decide` gives an image up when the next radius has less chance than this.
+        tolerance: of `radius`, in units of sigma.
+        candidate: class that is certified: the pilot's choice, or the true label (valid for
+            certified accuracy alone, since the pilot's draws are saved by knowing the answer).
+        family_size: images that share alpha; 1 means alpha for each image.
+        seed: of the noise; used for certification alone.
+        data: name of the data set, part of the noise's key.
+        batch_size: noisy images per forward pass, a multiple of 32.
+
+    Raises:
+        ValueError: a value cannot work.
+    """
+
+    sigma: float
+    mode: Mode = "decide"
+    n0: int = 100
+    n: int = 100_000
+    alpha: float = 0.001
+    radii: tuple[float, ...] = ()
+    horizon: int = 1_000_000
+    reserve: float = 0.3
+    reserve_at: int | None = None
+    futility: float = 0.042
+    tolerance: float = 0.01
+    candidate: Candidate = "pilot"
+    family_size: int = 1
+    seed: int = 0
+    data: str = "images"
+    batch_size: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.batch_size % BLOCK:
+            raise ValueError(f"batch_size must be a multiple of {BLOCK}, got {self.batch_size}")
+        if not (self.sigma > 0 and 0 < self.alpha < 0.5 and self.n > 0 and self.n0 > 0):
+            raise ValueError(f"sigma, alpha, n or n0 out of range in {self}")
+        if self.mode == "decide" and not self.radii:
+            raise ValueError("mode decide tests a grid of radii: give `radii`, see radius_grid")
+        if self.mode == "decide" and self.n > self.horizon:
+            raise ValueError(f"n = {self.n} exceeds the planned horizon of {self.horizon} draws")
+
+    @property
+    def alpha_per_image(self) -> float:
+        """Error probability of one image's certificate (Bonferroni over the family)."""
+        return self.alpha / self.family_size
+
+
+def radius_grid(step: float, largest: float) -> tuple[float, ...]:
+    """Multiples of `step` from 0 to `largest`; products, so 0.15 is one float everywhere."""
+    count = int(np.floor(largest / step * (1 + 1e-12)))
+    return tuple(float(radius) for radius in np.round(np.arange(count + 1) * step, 10))
+
+
+def reachable_radii(step: float, sigma: float, n: int, alpha: float) -> tuple[float, ...]:
+    """All multiples of `step` that n equal votes could certify."""
+    return radius_grid(step, radius_cap(n, alpha, sigma))

@@ -1,0 +1,109 @@
+"""Certify any classifier on any images, outside an experiment."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from pydantic import ValidationError
+
+from bench.backbones import Classifier, create_classifier
+from bench.certification import Task, protocol_of, run_task
+from bench.config import BackboneSettings, CertificationSettings, DataSettings
+from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
+from bench.errors import BenchError
+from bench.files import sha256_file, sha256_json
+from bench.model_folder import load_classifier, read_spec
+from bench.statistics import certified_accuracy
+
+TIMM = "timm:"
+
+
+def certify_anything(
+    model: str,
+    data: str,
+    sigma: float,
+    images: int,
+    step: float,
+    changes: dict[str, str],
+    output: Path,
+) -> pd.DataFrame:
+    """Certify `model` on `data`, write log and sidecar, return the certified accuracy.
+
+    Args:
+        model: a model folder, or `timm:NAME` for that model's pretrained weights.
+        data: a data set that `bench fetch` knows, or a folder of `CLASS/IMAGE` files whose
+            sorted class names are the classifier's outputs.
+        sigma: noise level in [0, 1] pixels of the images as the classifier takes them.
+        images: how many test images, evenly spread.
+        step: of the radius grid, l2 in [0, 1] pixels.
+        changes: keys of `certification` with values as YAML text.
+        output: the log.
+
+    Raises:
+        BenchError: a value, a file or the pair of model and data cannot work.
+    """
+    settings = _settings({**changes, "test_images": str(images)})
+    classifier, size, weights = _classifier(model)
+    test, classes, name, digest = _test_images(data, size)
+    outputs = _outputs(classifier, test)
+    if outputs != classes:
+        raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
+    wanted = spread(len(test.labels), settings.test_images)
+    protocol = protocol_of(settings, name, sigma, 0, step, len(wanted))
+    names: dict[str, Any] = {"model": model, "sigma": sigma, "seed": 0}
+    task = Task(classifier, weights, test, classes, digest, wanted, protocol, settings, names)
+    log = run_task(task, output)
+    return certified_accuracy(log, protocol.radii)
+
+
+def _settings(changes: dict[str, str]) -> CertificationSettings:
+    try:
+        values = {key: yaml.safe_load(text) for key, text in changes.items()}
+        return CertificationSettings.model_validate(values)
+    except (ValidationError, yaml.YAMLError) as error:
+        raise BenchError(f"--set: {error}") from None
+
+
+def _classifier(model: str) -> tuple[Classifier, int | None, str]:
+    """The classifier, the image size it takes (None: the data's own), and its weights' hash."""
+    if not model.startswith(TIMM):
+        return load_classifier(Path(model)), None, read_spec(Path(model)).weights_sha256
+    import timm
+
+    name = model.removeprefix(TIMM)
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        raise BenchError(f"--model {model}: timm has no pretrained weights of that name")
+    backbone = BackboneSettings(timm=name, pretrained=True)
+    try:
+        classifier = create_classifier(backbone, config.num_classes, 3)
+    except OSError as error:
+        raise BenchError(f"--model {model}: weights cannot be fetched ({error})") from None
+    state = {key: value.double().sum().item() for key, value in classifier.state_dict().items()}
+    return classifier.eval(), int(config.input_size[-1]), sha256_json(state)
+
+
+def _outputs(classifier: Classifier, test: ImageSplit) -> int:
+    with torch.inference_mode():
+        return int(classifier(test.batch(torch.tensor([0]))).shape[1])
+
+
+def _test_images(data: str, size: int | None) -> tuple[ImageSplit, int, str, str]:
+    """Images, number of classes, the name that keys the noise, and a hash."""
+    folder = Path(data)
+    if folder.is_dir():
+        if size is None:
+            raise BenchError(f"--data {data}: folders of images need a timm: model, which resizes")
+        split, classes = labelled_folder(folder, size)
+        hashes = [[str(p.relative_to(folder)), sha256_file(p)] for p in split.paths]
+        return split, classes, folder.name, sha256_json(hashes)
+    try:
+        settings = DataSettings.model_validate({"name": data, "image_size": size})
+    except ValidationError:
+        raise BenchError(f"--data {data} is neither a folder nor a data set here") from None
+    if not (data_folder(settings) / "manifest.json").exists():
+        fetch(settings)
+    found = load_data(settings)
+    return found.test, found.classes, found.name, found.sha256
