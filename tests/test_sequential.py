@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, norm
+from scipy.stats import beta, binom, norm
 
 from bench.config import PRESETS
 from bench.smoothing.bounds import p_a_lower, radius_cap
@@ -24,6 +24,7 @@ from bench.smoothing.sequential import (
 )
 
 ALPHA = 0.001
+REPEATS = 100
 LOGS = Path(__file__).parents[2] / "shared/reference/logs/cohen"
 GRID = tuple(np.round(np.arange(13) * 0.25, 10))
 
@@ -198,12 +199,12 @@ def test_impossible_plans_are_refused(bad):
 
 def replay(path: Path, sigma: float, step: float) -> tuple[float, np.ndarray]:
     """Mean draws, and certified accuracy lost to fixed N, on a log's images as known p."""
-    chance, n, repeats = np.random.default_rng(0), 100_000, 40
+    chance, n, repeats = np.random.default_rng(0), 100_000, REPEATS
     log = read_log(path)
     counts = np.arange(n // 2, n + 1)
-    radii_of = sigma * norm.ppf([p_a_lower(int(c), n, ALPHA) for c in counts[::50]])
+    bounds = sigma * norm.ppf(beta.isf(1 - ALPHA, counts, n - counts + 1))
     abstained = (log["predict"] == -1).to_numpy()
-    p = (np.interp(log["radius"], radii_of, counts[::50]) + 0.5) / (n + 1)
+    p = (np.interp(log["radius"], bounds, counts) + 0.5) / (n + 1)
     # A log does not tell p where it abstains.
     p = np.where(abstained, chance.uniform(0.25, 0.505, len(p)), p)
     p, right = np.repeat(p, repeats), np.repeat(log["correct"].to_numpy() == 1, repeats)
@@ -217,15 +218,12 @@ def replay(path: Path, sigma: float, step: float) -> tuple[float, np.ndarray]:
         look = int(table.looks[k])
         failures[live] += chance.binomial(look - before, 1 - p[live])
         drawn[live], before = look, look
-        level[live] = np.maximum(level, (failures[:, None] <= table.allowed[:, k]).sum(axis=1))[
-            live
-        ]
+        reached = (failures[:, None] <= table.allowed[:, k]).sum(axis=1)
+        level[live] = np.maximum(level, reached)[live]
         following = np.minimum(level, len(grid) - 1)
         live &= (level < len(grid)) & (failures < give_up[following, k])
-    fixed = chance.binomial(n, p)
-    bound = norm.ppf([p_a_lower(int(c), n, ALPHA) for c in np.unique(fixed)])
-    radius = sigma * bound[np.searchsorted(np.unique(fixed), fixed)]
-    lost = ((radius[:, None] >= grid) & right[:, None]).mean(axis=0)
+    least = counts[np.searchsorted(bounds, grid)]
+    lost = (binom.sf(least - 1, n, p[:, None]) * right[:, None]).mean(axis=0)
     lost -= ((level[:, None] > np.arange(len(grid))) & right[:, None]).mean(axis=0)
     return float(drawn.mean()) + 100, 100 * lost
 

@@ -3,6 +3,7 @@ CERTIFY = (
     "python -m bench certify-method --experiment {params.experiment}"
     " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
     " --model $(dirname {input.model}) --output {output.log} --expect {params.expect}"
+    " --shard {params.shard} > {log} 2>&1"
 )
 
 
@@ -31,8 +32,9 @@ if SHARDS == 1:
         params:
             experiment=EXPERIMENT_FILE,
             expect=planned_certification,
+            shard=1,
         shell:
-            CERTIFY + " > {log} 2>&1"
+            CERTIFY
 
 else:
 
@@ -57,7 +59,7 @@ else:
             expect=planned_certification,
             shard=lambda wildcards: wildcards.scatteritem.partition("-of-")[0],
         shell:
-            CERTIFY + " --shard {params.shard} > {log} 2>&1"
+            CERTIFY
 
     rule gather_certificates:
         input:
