@@ -42,9 +42,13 @@ def training_flops(
     def step() -> None:
         loss(pixels, labels, noise).backward()  # type: ignore[no-untyped-call]
 
+    # The step must leave no trace in batch-norm statistics.
+    kept = [{k: v.clone() for k, v in module.named_buffers()} for module in modules]
     flops = count_flops(step, *modules)
-    for module in modules:
+    for module, buffers in zip(modules, kept, strict=True):
         module.zero_grad()
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
     return flops * images // batch
 
 

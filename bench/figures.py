@@ -1,5 +1,6 @@
 """Comparison figures, drawn from the tables alone."""
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "legend.frameon": False,
 }
+HUES = ["Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
 SCATTER_RADIUS = 0.25
@@ -31,21 +33,25 @@ PUBLISHED_LABEL = "published (other networks, N = 100,000)"
 
 
 class Look:
-    """Colour per method and line style per family, the same in every figure."""
+    """A hue and marker per family, a shade and dash per method, the same in every figure."""
 
     def __init__(self, table: pd.DataFrame):
         methods = table.drop_duplicates("method")
-        wheel = sns.color_palette("husl", len(methods))
-        # Neighbours in the legend are often of one family and dash: keep their hues far apart.
-        colours = [*wheel[0::3], *wheel[1::3], *wheel[2::3]]
-        self.colour = dict(zip(methods["method"], colours, strict=True))
         self.label = dict(zip(methods["method"], methods["label"], strict=True))
         self.family = dict(zip(methods["method"], methods["family"], strict=True))
         self.families = list(dict.fromkeys(methods["family"]))
+        self.colour: dict[str, Any] = dict.fromkeys(methods["method"])
+        self._member: dict[str, int] = {}
+        for family, hue in zip(self.families, cycle(HUES), strict=False):
+            members = [name for name, of in self.family.items() if of == family]
+            # The palest two shades would vanish on white.
+            shades = sns.color_palette(hue, len(members) + 2)[2:]
+            self.colour |= dict(zip(members, reversed(shades), strict=True))
+            self._member |= {name: place for place, name in enumerate(members)}
 
     def dash(self, method: str) -> Any:
-        """Line style of the method's family."""
-        return DASHES[self.families.index(self.family[method]) % len(DASHES)]
+        """Line style of the method within its family."""
+        return DASHES[self._member[method] % len(DASHES)]
 
     def marker(self, method: str) -> str:
         """Marker of the method's family."""

@@ -88,7 +88,8 @@ def _curve(
     """Certified accuracy on one grid for all methods of a sigma."""
     sigma = protocol["sigma"]
     highest = max(frame["radius"].max() for p, frame in everything if p["sigma"] == sigma)
-    steps = max(LEADERBOARD_STEPS, int(np.ceil(highest / experiment.radius_step)))
+    shown = (LEADERBOARD_STEPS - 1) * sigma / 2
+    steps = int(np.ceil(max(highest, shown) / experiment.radius_step))
     # Multiples, not sums: 0.15 must be the same float in every table.
     radii = np.round(np.arange(steps + 1) * experiment.radius_step, 10)
     curve = certified_accuracy(log, radii)

@@ -71,7 +71,8 @@ def test_a_method_has_one_colour_of_its_own(tables: Path, experiment: Experiment
     look = Look(pd.read_csv(tables / "certified_accuracy.csv"))
     assert list(look.colour) == list(experiment.methods)
     assert len(set(look.colour.values())) == len(experiment.methods)
-    assert look.dash("lora") == look.dash("vpt_deep") != look.dash("full_finetuning")
+    assert look.marker("lora") == look.marker("vpt_deep") != look.marker("full_finetuning")
+    assert look.dash("lora") != look.dash("vpt_deep")
 
 
 def test_svg_bytes_are_reproducible(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from baselines.denoised_smoothing.dncnn import DnCNN
 from bench.backbones import create_classifier
 from bench.config import (
     Adapter,
@@ -14,7 +15,7 @@ from bench.config import (
     Scratch,
     VptDeep,
 )
-from bench.cost import count_flops, inference_flops, parameter_counts
+from bench.cost import count_flops, inference_flops, parameter_counts, training_flops
 from bench.errors import BenchError
 from bench.files import read_json, write_json
 from bench.jobs import merge
@@ -186,3 +187,15 @@ def test_bfloat16_keeps_the_head_in_float32():
     assert classifier.network.head.weight.dtype == torch.float32
     assert classifier.network.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert torch.allclose(logits, before, atol=0.05)
+
+
+def test_counting_training_flops_leaves_no_trace_in_batch_statistics():
+    denoiser = DnCNN(channels=1, depth=4, width=8).train()
+    before = {name: value.clone() for name, value in denoiser.state_dict().items()}
+
+    def loss(images, labels, noise):
+        return denoiser(images).square().mean()
+
+    assert training_flops(loss, (1, 8, 8), 100, denoiser) > 0
+    assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
