@@ -20,7 +20,7 @@ from bench.progress import track
 from bench.provenance import machine, pick_device, provenance
 from bench.smoothing.engine import Certificate, certify
 from bench.smoothing.journal import Journal
-from bench.smoothing.log import read_log, read_protocol, write_log
+from bench.smoothing.log import cohen_path, read_log, read_protocol, write_cohen_log, write_log
 from bench.smoothing.protocol import Protocol, reachable_radii
 from bench.smoothing.rules import Decide, plan_of
 from bench.statistics import accuracy_interval
@@ -129,6 +129,7 @@ def run_task(task: Task, output: Path) -> pd.DataFrame:
     ]
     rows.sort(key=lambda row: int(row["idx"]))
     write_log(rows, output)
+    write_cohen_log(pd.DataFrame(rows), cohen_path(output))
     spent = {name: sum(row[key] for row in rows) for name, key in SPENT.items()}
     write_json(output.with_suffix(".json"), {**meaning, **spent, **provenance(device)})
     return pd.DataFrame(rows)
@@ -230,4 +231,5 @@ def gather(shards: list[Path], output: Path) -> None:
         "shards": len(shards),
     }
     write_log(whole.to_dict("records"), output)
+    write_cohen_log(whole, cohen_path(output))
     write_json(output.with_suffix(".json"), merged)

@@ -125,6 +125,42 @@ def certify(
     typer.echo(table.to_string(index=False))
 
 
+@app.command(name="import")
+def import_log(
+    log: Path,
+    sigma: Sigma,
+    output: Output,
+    step: Annotated[float, typer.Option(help="Step of the radii.")] = 0.25,
+) -> None:
+    """Turn anyone's certification log into a tidy certified-accuracy curve."""
+    from bench.tables import import_curve
+
+    typer.echo(import_curve(log, sigma, step, output).to_string(index=False))
+
+
+@app.command()
+def audit(
+    log: Path,
+    sigma: Annotated[float | None, typer.Option(help="Default: from the log's JSON.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Likewise.")] = None,
+    n: Annotated[int | None, typer.Option(help="Likewise: most draws of an image.")] = None,
+) -> None:
+    """Check a certification log; exit 1 where its certified accuracy cannot be trusted."""
+    from bench.smoothing.audit import audit
+    from bench.smoothing.log import read_protocol
+
+    if sigma is None or alpha is None or n is None:
+        known = read_protocol(log)
+        sigma, alpha, n = sigma or known["sigma"], alpha or known["alpha"], n or known["n"]
+    findings = audit(log, float(sigma), float(alpha), int(n))
+    for finding in findings:
+        typer.echo(f"{finding.severity}: {finding.text}")
+    if not findings:
+        typer.echo("nothing found")
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
 @app.command()
 def tables(
     experiment: ExperimentFile,

@@ -12,6 +12,7 @@ from bench.config import TRIAL, Experiment
 from bench.errors import BenchError
 from bench.files import atomic_write, read_json
 from bench.smoothing.log import read_log, read_protocol
+from bench.smoothing.protocol import radius_grid
 from bench.statistics import accuracy_interval, average_certified_radius, certified_accuracy
 
 KEY = ["method", "label", "family", "sigma", "seed"]
@@ -90,11 +91,25 @@ def _curve(
     highest = max(frame["radius"].max() for p, frame in everything if p["sigma"] == sigma)
     shown = (LEADERBOARD_STEPS - 1) * sigma / 2
     steps = int(np.ceil(max(highest, shown) / experiment.radius_step))
-    # Multiples, not sums: 0.15 must be the same float in every table.
-    radii = np.round(np.arange(steps + 1) * experiment.radius_step, 10)
-    curve = certified_accuracy(log, radii)
+    curve = certified_accuracy(
+        log, radius_grid(experiment.radius_step, steps * experiment.radius_step)
+    )
     named = {"experiment": experiment.name, **_named(experiment, protocol)}
     return curve.assign(**named)[[*named, *curve.columns]]
+
+
+def import_curve(path: Path, sigma: float, step: float, output: Path) -> pd.DataFrame:
+    """Write the certified-accuracy curve of any log at multiples of `step`, in tidy columns.
+
+    Raises:
+        BenchError: the log is missing, cut off or no certification log.
+    """
+    log = read_log(path)
+    curve = certified_accuracy(log, radius_grid(step, log["radius"].max() + step))
+    curve = curve.assign(source=path.name, sigma=sigma)[["source", "sigma", *curve.columns]]
+    with atomic_write(output) as temporary:
+        curve.to_csv(temporary, index=False)
+    return curve
 
 
 def envelope(curves: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The DAG as users run it: once through, nothing twice, edits rerun what they affect."""
 
+import json
 import os
 import random
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 
 from bench.compare import agree, compare_results
+from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
 SMOKE = ["--configfile", "config/smoke.yaml"]
@@ -189,7 +192,7 @@ def test_mistakes_on_the_command_line_are_one_line(done, tmp_path):
     cases = {
         "methods.nothing does not exist": ["train", *LORA[:2], "--method", "nothing", "--sigma",
                                            "0.5", "--output", str(tmp_path / "x")],
-        "method is 'head', this run needs 'lora'": ["certify", *LORA, "--model", model,
+        "method is 'head', this run needs 'lora'": ["certify-method", *LORA, "--model", model,
                                                     "--output", str(tmp_path / "x.tsv")],
         "the experiment file changed": ["train", *LORA, "--output", str(tmp_path / "x"),
                                         "--expect", "other"],
@@ -216,7 +219,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
     )
     output = tmp_path / "log.tsv"
     model = "results/smoke/models/lora/sigma_0.50/seed_0"
-    arguments = ["certify", *LORA, "--model", model, "--output", str(output)]
+    arguments = ["certify-method", *LORA, "--model", model, "--output", str(output)]
     command = [sys.executable, "-c", script, *arguments]
     answer = subprocess.run(command, cwd=done, capture_output=True, text=True)
     assert answer.returncode == 1, answer.stderr
@@ -245,3 +248,103 @@ def test_scratch_and_a_base_exclude_each_other(done, tmp_path):
         assert answer.returncode == 1
         assert "exclude each other" in answer.stderr
         assert "Traceback" not in answer.stderr
+
+
+def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
+    run = subprocess.Popen(
+        command, cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        run.wait(timeout=8)
+    except subprocess.TimeoutExpired:
+        # A terminal sends it to the whole group.
+        os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert "Traceback" not in said
+    snakemake(small, *SMOKE)
+    lora = numbers(done)[lambda frame: frame["method"] == "lora"]
+    again = numbers(small)[lambda frame: frame["method"] == "lora"]
+    assert again["value"].tolist() == lora["value"].tolist()[: len(again)]
+
+
+def test_shards_gather_to_the_unsharded_log(done, tmp_path):
+    values = yaml.safe_load((done / "config/smoke.yaml").read_text())
+    values["certification"]["shards"] = 3
+    sharded = tmp_path / "sharded.yaml"
+    sharded.write_text(yaml.safe_dump(values, sort_keys=False))
+    model = "results/smoke/models/lora/sigma_0.50/seed_0"
+    common = ["certify-method", "--experiment", str(sharded), *LORA[2:], "--model", model]
+    logs = [tmp_path / f"{shard}.tsv" for shard in (1, 2, 3)]
+    for shard, log in enumerate(logs, start=1):
+        answer = bench(done, *common, "--shard", str(shard), "--output", str(log))
+        assert answer.returncode == 0, answer.stderr
+    whole = tmp_path / "whole.tsv"
+    shards = [text for log in logs for text in ("--shard", str(log))]
+    assert bench(done, "gather", "--output", str(whole), *shards).returncode == 0
+    reference = done / "results/smoke/certificates/lora/sigma_0.50/seed_0.tsv"
+    left, right = (pd.read_csv(p, sep="\t").drop(columns="time") for p in (whole, reference))
+    pd.testing.assert_frame_equal(left, right)
+    twice = bench(done, "gather", "--output", str(whole), *shards, "--shard", str(logs[0]))
+    assert twice.returncode == 1
+    assert "same image" in twice.stderr
+    sidecar = json.loads(logs[1].with_suffix(".json").read_text())
+    logs[1].with_suffix(".json").write_text(json.dumps({**sidecar, "alpha": 0.5}))
+    foreign = bench(done, "gather", "--output", str(whole), *shards)
+    assert foreign.returncode == 1
+    assert "alpha differs" in foreign.stderr
+    planned = snakemake(done, "-n", "--configfile", str(sharded), "--forcerun", "certify_shard")
+    assert "gather_certificates" in planned
+
+
+def test_certify_takes_any_model_folder(done, tmp_path):
+    log = tmp_path / "own.tsv"
+    arguments = ["certify", "--model", "results/smoke/models/base", "--sigma", "0.25"]
+    arguments += ["--output", str(log), "--images", "8", "--set", "batch_size=64"]
+    small = ["--set", "n=64", "--set", "horizon=64"]
+    answer = bench(done, *arguments, "--data", "fashion_mnist", *small)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.splitlines()[0].split() == ["radius", "value", "low", "high", "n_images"]
+    assert len(pd.read_csv(log, sep="\t")) == 8
+    folder = tmp_path / "images/cat"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(folder / "one.png")
+    cases = {
+        "neither a folder nor a data set": ["--data", "nowhere"],
+        "need a timm: model": ["--data", str(folder.parent)],
+        "nonsense": ["--data", "fashion_mnist", "--set", "nonsense=1"],
+        "timm has no pretrained weights": ["--data", "fashion_mnist", "--model", "timm:nothing"],
+        "training.json is missing": ["--data", "fashion_mnist", "--model", str(tmp_path)],
+    }
+    for message, extra in cases.items():
+        answer = bench(done, *arguments, *extra)
+        assert answer.returncode == 1, (message, answer.stderr)
+        assert "Traceback" not in answer.stderr
+        assert message in answer.stderr
+
+
+def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    config = timm.models.generate_default_cfgs(
+        {"tiny": {"num_classes": 2, "input_size": (3, 28, 28)}}
+    )
+    create = timm.create_model
+    network = create(
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, embed_dim=32, depth=1, num_heads=2,
+        num_classes=2,
+    )  # fmt: skip
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config["tiny"].default)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: network)
+    for name, shade in (("cat", 30), ("dog", 220)):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (40, 30), (shade,) * 3).save(tmp_path / name / f"{number}.png")
+    changes = {"n": "64", "horizon": "64", "batch_size": "64"}
+    table = certify_anything(
+        "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
+    )
+    assert table["n_images"].tolist() == [6] * len(table)
+    log = pd.read_csv(tmp_path / "log.tsv", sep="\t")
+    assert log["label"].tolist() == [0, 0, 0, 1, 1, 1]

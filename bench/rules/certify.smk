@@ -22,6 +22,7 @@ if SHARDS == 1:
         output:
             log=f"{CERTIFICATES}.tsv",
             protocol=f"{CERTIFICATES}.json",
+            cohen=f"{CERTIFICATES}.cohen.tsv",
         log:
             f"{RESULTS}/logs/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
         benchmark:
@@ -69,6 +70,7 @@ else:
         output:
             log=f"{CERTIFICATES}.tsv",
             protocol=f"{CERTIFICATES}.json",
+            cohen=f"{CERTIFICATES}.cohen.tsv",
         log:
             f"{RESULTS}/logs/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
         benchmark:

@@ -1,6 +1,7 @@
 """Certification logs: one TSV, read by header, beside a JSON that says what it means."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ def read_log(path: Path) -> pd.DataFrame:
     if not isinstance(frame.index, pd.RangeIndex):
         raise BenchError(f"{path} has rows longer than its header: certify again")
     frame["time"] = frame["time"].map(_seconds)
-    numbers = frame.drop(columns="correct", errors="ignore").apply(pd.to_numeric, errors="coerce")
-    broken = numbers.isna().any(axis=1)
+    # Other columns are free text to us: some dialects write booleans as words.
+    numbers = frame[[c for c in COHEN_COLUMNS if c != "correct"]].apply(
+        pd.to_numeric, errors="coerce"
+    )
+    broken = numbers.isna().any(axis=1) | frame.isna().any(axis=1)
     if broken.any():
         raise BenchError(f"{path} is cut off or garbled at line {broken.argmax() + 2}")
     if numbers["idx"].duplicated().any():
@@ -60,6 +64,20 @@ def write_log(rows: Sequence[dict[Any, Any]], path: Path) -> None:
     """Write rows at full precision: three digits would round some radii up, an over-claim."""
     with atomic_write(path) as temporary:
         pd.DataFrame(rows).to_csv(temporary, sep="\t", index=False)
+
+
+def cohen_path(path: Path) -> Path:
+    """Where the field's six columns of the log at `path` go."""
+    return path.with_suffix(".cohen.tsv")
+
+
+def write_cohen_log(log: pd.DataFrame, path: Path) -> None:
+    """Write the field's six columns alone, time as its tools print it, radii at full precision."""
+    frame = log[COHEN_COLUMNS].assign(
+        time=[str(timedelta(seconds=float(seconds))) for seconds in log["time"]]
+    )
+    with atomic_write(path) as temporary:
+        frame.to_csv(temporary, sep="\t", index=False)
 
 
 def read_protocol(path: Path) -> dict[str, Any]:

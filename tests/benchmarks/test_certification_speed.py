@@ -1,0 +1,142 @@
+"""How long certification takes against the field's procedure, as ratios within one run.
+
+    pytest tests/benchmarks --benchmark-only --benchmark-json results.json
+
+Every network runs in full, but the class comes from one noisy pixel, so that p_A is known: it is
+spread as on Cohen's CIFAR-10 log at sigma = 0.5 (quantiles of p_A, 12 images). Both procedures
+certify the same images with the same noise level, alpha and N. The plain procedure is timed on
+`PLAIN_DRAWS` draws per image and scaled to N, since it does the same work for each draw.
+"""
+
+import time
+
+import numpy as np
+import pytest
+import timm
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+
+from bench.backbones import Classifier, compile_for_inference
+from bench.smoothing import Protocol, certify, reachable_radii
+
+SIGMA, ALPHA, N, STEP = 0.5, 0.001, 100_000, 0.25
+PLAIN_DRAWS = 4000
+P_A = [0.3, 0.45, 0.5, 0.56, 0.68, 0.81, 0.91, 0.962, 0.99, 0.9973, 0.9995, 0.99999]
+CLASSES = 10
+
+
+class LeNet(nn.Module):
+    """Two convolutions and three linear layers, on 28 x 28."""
+
+    num_features = 84
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(84, CLASSES)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def small_vit() -> nn.Module:
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=28, patch_size=7, embed_dim=128, depth=4, num_heads=4,
+        mlp_ratio=2, in_chans=1, num_classes=CLASSES,
+    )  # fmt: skip
+
+
+def vit_s() -> nn.Module:
+    return timm.create_model(
+        "vit_small_patch16_224", img_size=64, patch_size=16, in_chans=3, num_classes=CLASSES
+    )
+
+
+NETWORKS = {"LeNet": (LeNet, (1, 28, 28)), "small ViT": (small_vit, (1, 28, 28)),
+            "ViT-S": (vit_s, (3, 64, 64))}  # fmt: skip
+
+
+class KnownVotes(Classifier):
+    """A network whose answer is class 0 with probability Phi((1/2 - pixel) / sigma)."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = super().forward(pixels)
+        score = 0.5 - pixels[:, 0, 0, 0]
+        return 0 * logits + torch.stack([score, *([-score] * (CLASSES - 1))], dim=1)
+
+
+def setting(name: str) -> tuple[KnownVotes, Tensor]:
+    build, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    model = KnownVotes(build(), (0.5,) * shape[0], (0.5,) * shape[0]).eval()
+    images = torch.rand(len(P_A), *shape)
+    images[:, 0, 0, 0] = 0.5 - SIGMA * torch.tensor(norm.ppf(P_A), dtype=torch.float32)
+    return model, images
+
+
+@torch.inference_mode()
+def plain_votes(model: nn.Module, image: Tensor, draws: int, batch: int = 1000) -> np.ndarray:
+    """Cohen's SampleUnderNoise as the field runs it: one image, batches of 1000, float32."""
+    counts = np.zeros(CLASSES, int)
+    for start in range(0, draws, batch):
+        size = min(batch, draws - start)
+        copies = image.repeat(size, 1, 1, 1)
+        noisy = copies + torch.randn_like(copies) * SIGMA
+        for vote in model(noisy).argmax(1).numpy():
+            counts[vote] += 1
+    return counts
+
+
+def plain_seconds(name: str) -> float:
+    """Seconds per image of the plain procedure, scaled to its N + 100 draws."""
+    model, images = setting(name)
+    plain_votes(model, images[0], 1000)
+    chosen = images[::4]
+    begin = time.perf_counter()
+    for image in chosen:
+        plain_votes(model, image, PLAIN_DRAWS)
+    return (time.perf_counter() - begin) / len(chosen) * (N + 100) / PLAIN_DRAWS
+
+
+def engine_seconds(name: str, mode: str, n: int, compiled: bool) -> tuple[float, float]:
+    """Seconds and samples per image of the engine."""
+    model, images = setting(name)
+    model.for_inference("bfloat16")
+    radii = reachable_radii(STEP, SIGMA, N, ALPHA)
+    protocol = Protocol(sigma=SIGMA, mode=mode, n=n, alpha=ALPHA, radii=radii, batch_size=512)
+    if compiled:
+        compile_for_inference(model, images[:1].expand(512, -1, -1, -1).clone())
+    ids = list(range(len(images)))
+    list(certify(model, images[:1], [0], [99], protocol, CLASSES))
+    begin = time.perf_counter()
+    rows = list(certify(model, images, [0] * len(images), ids, protocol, CLASSES))
+    seconds = time.perf_counter() - begin
+    return seconds / len(rows), sum(row.samples for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_decide_against_the_plain_procedure(benchmark, name, compiled):
+    plain = plain_seconds(name)
+    seconds, samples = benchmark.pedantic(
+        engine_seconds, args=(name, "decide", N, compiled), rounds=1
+    )
+    fixed, fixed_samples = engine_seconds(name, "cohen", 4000, compiled)
+    benchmark.extra_info |= {
+        "plain_seconds_per_image": plain,
+        "seconds_per_image": seconds,
+        "samples_per_image": samples,
+        "times_faster": plain / seconds,
+        "times_faster_per_draw": plain / (N + 100) / (fixed / fixed_samples),
+    }
