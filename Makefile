@@ -7,7 +7,7 @@ READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
 
-.PHONY: reproduce tune figures report test lint lock
+.PHONY: reproduce tune figures report test benchmark lint lock
 
 reproduce: $(READY)
 	$(SNAKEMAKE) --cores all
@@ -25,6 +25,11 @@ report: $(READY)
 
 test: lint
 	$(RUN) pytest
+
+# Ratios within one run, for a quiet machine; half an hour on 2 cores.
+benchmark: $(READY)
+	$(RUN) pip install --quiet -c requirements.lock -e '.[benchmark]'
+	$(RUN) pytest -o addopts= tests/benchmarks --benchmark-only --benchmark-json results/benchmarks.json
 
 lint: $(READY)
 	$(RUN) ruff check .

@@ -8,6 +8,8 @@ certify the same images with the same noise level, alpha and N. The plain proced
 `PLAIN_DRAWS` draws per image and scaled to N, since it does the same work for each draw.
 """
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,7 +20,9 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from bench.backbones import Classifier, compile_for_inference
+from bench.cost import inference_flops
 from bench.smoothing import Protocol, certify, reachable_radii
+from bench.smoothing.noise import BLOCK, key_tensor, standard_normal
 
 SIGMA, ALPHA, N, STEP = 0.5, 0.001, 100_000, 0.25
 PLAIN_DRAWS = 4000
@@ -140,3 +144,109 @@ def test_decide_against_the_plain_procedure(benchmark, name, compiled):
         "times_faster": plain / seconds,
         "times_faster_per_draw": plain / (N + 100) / (fixed / fixed_samples),
     }
+
+
+def test_equal_draws_against_art(benchmark):
+    """ART's PyTorchRandomizedSmoothing at its own batch size of 32 and at 1000, equal N."""
+    smoothing = pytest.importorskip("art.estimators.certification.randomized_smoothing")
+    model, images = setting("ViT-S")
+    estimator = smoothing.PyTorchRandomizedSmoothing(
+        model, nn.CrossEntropyLoss(), tuple(images.shape[1:]), CLASSES, device_type="cpu",
+        sample_size=100, scale=SIGMA, alpha=ALPHA,
+    )  # fmt: skip
+    for batch in (32, 1000):
+        begin = time.perf_counter()
+        estimator.certify(images[8:9].numpy(), n=PLAIN_DRAWS, batch_size=batch)
+        benchmark.extra_info[f"art_draws_per_second_batch_{batch}"] = (PLAIN_DRAWS + 100) / (
+            time.perf_counter() - begin
+        )
+    seconds, samples = benchmark.pedantic(
+        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS, True), rounds=1
+    )
+    best = max(v for k, v in benchmark.extra_info.items() if k.startswith("art_"))
+    benchmark.extra_info |= {
+        "draws_per_second": samples / seconds,
+        "times_faster_than_art_per_draw": samples / seconds / best,
+    }
+
+
+def matmul_flops_per_second(size: int = 2048, repeats: int = 20) -> float:
+    """Peak of bfloat16 matrix products, best of `repeats`."""
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def test_share_of_the_matmul_peak_and_of_the_noise(benchmark):
+    peak = matmul_flops_per_second()
+    model, images = setting("ViT-S")
+    flops = inference_flops(model, tuple(images.shape[1:]))
+    seconds, samples = benchmark.pedantic(
+        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS, True), rounds=1
+    )
+    keys = key_tensor(range(512 // BLOCK), torch.device("cpu"))
+    begin = time.perf_counter()
+    for _ in range(10):
+        standard_normal(keys, images.shape[1:])
+    noise = (time.perf_counter() - begin) / 10 / 512
+    benchmark.extra_info |= {
+        "matmul_teraflops_per_second": peak / 1e12,
+        "network_share_of_peak": flops * samples / seconds / peak,
+        "noise_share_of_time": noise * samples / seconds,
+    }
+
+
+@torch.inference_mode()
+def test_votes_that_the_batch_shape_flips(benchmark):
+    """Rounding differs with the batch's shape: how many votes of the plain network it changes."""
+    shares = {}
+    for name, (build, shape) in NETWORKS.items():
+        torch.manual_seed(0)
+        network = Classifier(build(), (0.5,) * shape[0], (0.5,) * shape[0])
+        network.for_inference("bfloat16")
+        noisy = torch.rand(4096, *shape) + SIGMA * torch.randn(4096, *shape)
+        small = torch.cat([network(part).argmax(1) for part in noisy.split(64)])
+        large = torch.cat([network(part).argmax(1) for part in noisy.split(512)])
+        shares[name] = (small != large).float().mean().item()
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info |= {"flipped_votes": shares}
+
+
+MEMORY = """
+import resource, sys, torch
+from bench.smoothing import Protocol, certify
+from torch import nn
+network = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(), nn.Linear(784, 10)).eval()
+images = torch.rand(4, 3, 224, 224)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak()
+protocol = Protocol(sigma=0.5, mode="cohen", n=int(sys.argv[1]), batch_size=256)
+list(certify(network, images, [0] * 4, [0, 1, 2, 3], protocol, 10))
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_draws(benchmark):
+    """GiB above the process before certification, at 3 x 224 x 224."""
+    grown = {}
+    for draws in (512, 5120):
+        command = [sys.executable, "-c", MEMORY, str(draws)]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        grown[draws] = float(answer.stdout)
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info |= {"gib_above_start": grown}
+    assert grown[5120] < grown[512] + 0.1
+    assert grown[5120] < 2
+
+
+@pytest.mark.parametrize("mode", ["decide", "cohen", "radius"])
+@pytest.mark.parametrize("n", [1000, 10_000])
+def test_samples_and_seconds_by_mode(benchmark, mode, n):
+    seconds, samples = benchmark.pedantic(
+        engine_seconds, args=("small ViT", mode, n, False), rounds=1
+    )
+    benchmark.extra_info |= {"seconds_per_image": seconds, "samples_per_image": samples}
