@@ -132,11 +132,13 @@ class Oft(Settings):
 
 
 class Boft(Settings):
-    """Orthogonal fine-tuning by butterfly-factored rotations (Liu 2024)."""
+    """Scaled orthogonal fine-tuning, one butterfly factor (BOFT, Liu 2024).
+
+    For more factors peft needs a CUDA extension, and silently takes one where that is missing.
+    """
 
     kind: Literal["boft"]
     boft_block_size: PositiveInt = 8
-    boft_n_butterfly_factor: PositiveInt = 2
 
 
 class Vera(Settings):

@@ -41,6 +41,11 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or ungrouped
 
 
+def transformer_layers(network: nn.Module) -> list[str]:
+    """The dense layers of networks whose blocks have attention."""
+    return dense_layers(network) if any(hasattr(b, "attn") for _, b in blocks_of(network)) else []
+
+
 def keys_and_values(network: nn.Module) -> list[str]:
     """Of the dense layers those that compute keys and values."""
     return [name for name in dense_layers(network) if re.fullmatch(KEYS_AND_VALUES, name)]

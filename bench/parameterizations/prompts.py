@@ -52,9 +52,11 @@ def insert_deep_prompts(vit: nn.Module, settings: VptDeep) -> None:
 
 def _insert_prompts(vit: nn.Module, kind: str, count: int, blocks: int | None) -> None:
     """Put prompts in front of the first `blocks` blocks (None: all), left out of pooling."""
-    if not hasattr(vit, "num_prefix_tokens") or not hasattr(vit, "blocks"):
+    plain = hasattr(vit, "num_prefix_tokens") and hasattr(vit, "blocks")
+    # Tables of relative positions have one size, which prompts would change.
+    if not plain or any("rel_pos" in n or "relative_pos" in n for n, _ in vit.named_parameters()):
         raise BenchError(
-            f"parameterization.kind = {kind} needs a plain ViT, where every block sees all tokens; "
+            f"parameterization.kind = {kind} needs a ViT whose blocks take any number of tokens; "
             f"{type(vit).__name__} is none: choose another backbone.timm, or kind: adapter"
         )
     prefix = int(vit.num_prefix_tokens)  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from bench.parameterizations.places import (
     mlp_outputs,
     norms_and_head,
     pattern_of,
+    transformer_layers,
 )
 from bench.settings import Settings
 
@@ -101,8 +102,9 @@ TUNERS: dict[type[Settings], Tuner] = {
     Dora: Tuner("LoraConfig", {"use_dora": True}),
     AdaLora: Tuner("AdaLoraConfig", keys=_adalora_keys, prepare=_pull_to_orthogonality),
     Ia3: Tuner("IA3Config", targets=_ia3_targets, keys=_ia3_keys),
-    Oft: Tuner("OFTConfig"),
-    Boft: Tuner("BOFTConfig"),
+    # peft's OFT takes the channels-last maps that ConvNeXt gives its linear layers for images.
+    Oft: Tuner("OFTConfig", targets=transformer_layers),
+    Boft: Tuner("BOFTConfig", {"boft_n_butterfly_factor": 1}),
     Vera: Tuner("VeraConfig"),
     Loha: Tuner("LoHaConfig"),
     Lokr: Tuner("LoKrConfig"),
