@@ -114,6 +114,10 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
             f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}: "
             f"timm cannot build it ({error}); `timm.list_models()` lists the names"
         ) from None
+    for module in network.modules():
+        # Else BEiT and EVA multiply by `qkv.weight` itself, past any adapter of that layer.
+        if hasattr(module, "qkv_bias_separate"):
+            module.qkv_bias_separate = True  # type: ignore[assignment]
     return network
 
 

@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -18,17 +16,13 @@ from pydantic import (
 
 from bench.errors import BenchError
 from bench.files import sha256_json
+from bench.parameterization_settings import Frozen, Parameterization
+from bench.settings import Settings
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["float32", "bfloat16"]
 Scalar = bool | int | float | str
 TRIAL = "__lr_"
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataSettings(Settings):
@@ -44,7 +38,7 @@ class BackboneSettings(Settings):
     """Any timm model; `input_size` is what images are resized to inside the classifier."""
 
     timm: str
-    arguments: dict[str, Scalar] = {}
+    arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
     input_size: PositiveInt | None = None
     pretrained: bool = False
 
@@ -58,6 +52,11 @@ class TrainingSettings(Settings):
     warmup: float = Field(default=0.1, ge=0, lt=1)
     clip_norm: PositiveFloat = 1.0
     precision: Precision = "bfloat16"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the budget pays for."""
+        return max(1, self.images // self.batch_size)
 
 
 class PretrainSettings(TrainingSettings):
@@ -73,57 +72,6 @@ class TrainingOverrides(Settings):
     batch_size: PositiveInt | None = None
     weight_decay: float | None = Field(default=None, ge=0)
     precision: Precision | None = None
-
-
-class Frozen(Settings):
-    """Nothing of the base classifier changes."""
-
-    kind: Literal["frozen"] = "frozen"
-
-
-class Head(Settings):
-    """Only the classification head is trained."""
-
-    kind: Literal["head"]
-
-
-class Full(Settings):
-    """Every weight is trained, starting from the base classifier."""
-
-    kind: Literal["full"]
-
-
-class Scratch(Settings):
-    """Every weight is trained from a random start (Cohen 2019)."""
-
-    kind: Literal["scratch"]
-
-
-class Lora(Settings):
-    """Low-rank adaptation (Hu 2022) of attention and MLP layers, by peft; the head is trained."""
-
-    kind: Literal["lora"]
-    r: PositiveInt = 8
-    lora_alpha: PositiveFloat = 16
-
-
-class VptDeep(Settings):
-    """Deep visual prompt tuning (Jia 2022): `prompts` learned tokens enter every block."""
-
-    kind: Literal["vpt_deep"]
-    prompts: PositiveInt = 10
-
-
-class Adapter(Settings):
-    """Bottleneck adapters (Houlsby 2019) after attention and MLP, before the skip connection."""
-
-    kind: Literal["adapter"]
-    bottleneck: PositiveInt = 16
-
-
-Parameterization = Annotated[
-    Frozen | Head | Full | Scratch | Lora | VptDeep | Adapter, Field(discriminator="kind")
-]
 
 
 class CrossEntropy(Settings):
@@ -142,7 +90,7 @@ class Method(Settings):
     objective: CrossEntropy = CrossEntropy()
     learning_rate: PositiveFloat | None = None
     training: TrainingOverrides = TrainingOverrides()
-    settings: dict[str, Scalar] = {}
+    settings: dict[str, Scalar] = Field(default_factory=dict)
 
     @property
     def trains(self) -> bool:

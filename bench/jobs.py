@@ -23,7 +23,7 @@ from bench.model_folder import (
     training_report,
 )
 from bench.objectives import OBJECTIVES
-from bench.parameterizations import adapt
+from bench.parameterizations import adapt, step_hook
 from bench.provenance import pick_device
 from bench.training import TrainingRecord, accuracy, fit
 
@@ -125,7 +125,8 @@ def _fit_classifier(
     }
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(classifier, device.type != "cpu")
-    record = fit(classifier, loss, data.train, settings, learning_rate, seed)
+    hook = step_hook(classifier.network)
+    record = fit(classifier, loss, data.train, settings, learning_rate, seed, hook)
     return record, cost_report(record, counts, flops)
 
 
@@ -153,7 +154,7 @@ def train(
     device = pick_device()
     data = load_data(experiment.data)
     classifier = _starting_point(experiment, point, base, data)
-    classifier.network = adapt(classifier.network, point.parameterization)
+    classifier.network = adapt(classifier.network, point.parameterization, settings.steps)
     classifier.to(device)
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:

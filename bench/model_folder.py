@@ -15,16 +15,15 @@ from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
     BackboneSettings,
     Experiment,
-    Frozen,
-    Parameterization,
     Scalar,
-    Settings,
 )
 from bench.data import Data
 from bench.errors import BenchError
 from bench.files import read_json, sha256_file, write_json
+from bench.parameterization_settings import Frozen, Parameterization
 from bench.parameterizations import insert_modules
 from bench.provenance import provenance
+from bench.settings import Settings
 from bench.training import TrainingRecord
 
 FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")

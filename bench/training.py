@@ -81,13 +81,14 @@ def fit(
     """Minimise `loss` over the parameters of `module` that require gradients (AdamW).
 
     Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit.
+    `after_step` runs while the step's gradients are still there.
 
     Raises:
         BenchError: the loss is no longer finite.
     """
     device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
-    steps = max(1, settings.images // settings.batch_size)
+    steps = settings.steps
     optimizer = torch.optim.AdamW(
         parameters, learning_rate, weight_decay=settings.weight_decay, fused=True
     )
@@ -104,8 +105,8 @@ def fit(
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         scheduler.step()
-        optimizer.zero_grad()
         after_step()
+        optimizer.zero_grad()
         if step % max(1, steps // CURVE_POINTS) == 0 or step == steps - 1:
             curve.append((step, _finite(value.item(), step, learning_rate)))
     seconds = time.perf_counter() - begin

@@ -1,24 +1,14 @@
-"""Every parameterization: identity at the start, gradients, round trip, merging, counts."""
+"""The classifier and its folder: what is refused, what is counted, what precision does."""
 
 import pytest
 import torch
 
 from baselines.denoised_smoothing.dncnn import DnCNN
 from bench.backbones import create_classifier
-from bench.config import (
-    Adapter,
-    BackboneSettings,
-    Frozen,
-    Full,
-    Head,
-    Lora,
-    Scratch,
-    VptDeep,
-)
-from bench.cost import count_flops, inference_flops, parameter_counts, training_flops
+from bench.config import BackboneSettings
+from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
 from bench.files import read_json, write_json
-from bench.jobs import merge
 from bench.model_folder import (
     ClassifierSpec,
     Identity,
@@ -26,10 +16,8 @@ from bench.model_folder import (
     load_classifier,
     save_model,
 )
-from bench.parameterizations import adapt
 
 WIDTH, DEPTH, CLASSES = 32, 2, 10
-HEAD = WIDTH * CLASSES + CLASSES
 BACKBONE = BackboneSettings(
     timm="vit_tiny_patch16_224",
     arguments={
@@ -41,107 +29,24 @@ BACKBONE = BackboneSettings(
         "mlp_ratio": 2,
     },
 )
-# parameterization, same function at the start, trainable parameters without the head
-KINDS = [
-    (Frozen(), True, -HEAD),
-    (Head(kind="head"), True, 0),
-    (Full(kind="full"), True, None),
-    (Scratch(kind="scratch"), True, None),
-    (Lora(kind="lora", r=4), True, DEPTH * 4 * (4 + 2 + 3 + 3) * WIDTH),
-    (VptDeep(kind="vpt_deep", prompts=5), False, DEPTH * 5 * WIDTH),
-    (Adapter(kind="adapter", bottleneck=8), True, DEPTH * 2 * (2 * 8 * WIDTH + 8 + WIDTH)),
-]
 IDENTITY = Identity(experiment="e", method="m", sigma=0.5, seed=0, fingerprint="f")
-names = [kind.kind for kind, _, _ in KINDS]
 
 
-def classifier_with(kind):
+def base_classifier():
     torch.manual_seed(0)
     classifier = create_classifier(BACKBONE, CLASSES, 1).eval()
     pixels = torch.rand(4, 1, 28, 28)
-    before = classifier(pixels)
-    classifier.network = adapt(classifier.network, kind)
-    return classifier.eval(), pixels, before
+    return classifier, pixels, classifier(pixels)
 
 
-def train_a_little(classifier, pixels):
-    trainable = [p for p in classifier.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, 0.1)
-    for _ in range(3):
-        classifier(pixels).logsumexp(1).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def save(folder, classifier, kind, adapter=None):
-    spec = ClassifierSpec(
-        data="d", classes=CLASSES, channels=1, backbone=BACKBONE, parameterization=kind
-    )
-    save_model(folder, classifier, spec, IDENTITY, {}, {}, adapter)
-
-
-@pytest.mark.parametrize(("kind", "same", "count"), KINDS, ids=names)
-def test_starts_from_the_base(kind, same, count):
-    classifier, pixels, before = classifier_with(kind)
-    assert torch.allclose(classifier(pixels), before, atol=1e-6) == same
-
-
-@pytest.mark.parametrize(("kind", "same", "count"), KINDS, ids=names)
-def test_trainable_parameters_follow_the_formula(kind, same, count):
-    classifier, _, _ = classifier_with(kind)
-    counts = parameter_counts(classifier, classifier)
-    everything = sum(p.numel() for p in create_classifier(BACKBONE, CLASSES, 1).parameters())
-    expected = everything if count is None else count + HEAD
-    assert counts["trainable_parameters"] == expected
-    assert counts["head_parameters"] == (0 if kind.kind == "frozen" else HEAD)
-
-
-@pytest.mark.parametrize(("kind", "same", "count"), KINDS[1:], ids=names[1:])
-def test_training_changes_only_what_it_may(kind, same, count):
-    classifier, pixels, _ = classifier_with(kind)
-    frozen = {n: p.clone() for n, p in classifier.named_parameters() if not p.requires_grad}
-    before = classifier(pixels)
-    train_a_little(classifier, pixels)
-    after = dict(classifier.named_parameters())
-    assert all(torch.equal(after[name], value) for name, value in frozen.items())
-    assert not torch.allclose(classifier(pixels), before)
-
-
-@pytest.mark.parametrize(("kind", "same", "count"), KINDS, ids=names)
-def test_folder_round_trip_is_bit_equal(kind, same, count, tmp_path):
-    classifier, pixels, _ = classifier_with(kind)
-    if kind.kind != "frozen":
-        train_a_little(classifier, pixels)
-    adapter = classifier.network if kind.kind == "lora" else None
-    merged = merge(classifier, adapter).eval()
-    save(tmp_path, merged, kind, adapter)
-    with torch.no_grad():
-        assert torch.equal(load_classifier(tmp_path)(pixels), merged(pixels))
-    assert not [p for p in tmp_path.iterdir() if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
-
-
-def test_lora_adapter_loads_with_peft_alone(tmp_path):
-    from peft import PeftModel
-
-    kind = Lora(kind="lora", r=4)
-    classifier, pixels, _ = classifier_with(kind)
-    base = create_classifier(BACKBONE, CLASSES, 1)
-    torch.manual_seed(0)
-    base = create_classifier(BACKBONE, CLASSES, 1).eval()
-    train_a_little(classifier, pixels)
-    merged = merge(classifier, classifier.network).eval()
-    save(tmp_path, merged, kind, classifier.network)
-    base.network = PeftModel.from_pretrained(base.network, tmp_path)
-    with torch.no_grad():
-        assert torch.allclose(base.eval()(pixels), merged(pixels), atol=1e-5)
-        assert not torch.allclose(merged(pixels), classifier_with(Frozen())[2], atol=1e-3)
-    plain = create_classifier(BACKBONE, CLASSES, 1).state_dict().keys()
-    assert merged.state_dict().keys() == plain
+def save(folder, classifier):
+    spec = ClassifierSpec(data="d", classes=CLASSES, channels=1, backbone=BACKBONE)
+    save_model(folder, classifier, spec, IDENTITY, {}, {})
 
 
 def test_changed_weights_and_foreign_folders_are_refused(tmp_path):
-    classifier, _, _ = classifier_with(Frozen())
-    save(tmp_path, classifier, Frozen())
+    classifier, _, _ = base_classifier()
+    save(tmp_path, classifier)
     check_identity(tmp_path, IDENTITY)
     with pytest.raises(BenchError, match="method is 'm', this run needs 'other'"):
         check_identity(tmp_path, IDENTITY.model_copy(update={"method": "other"}))
@@ -155,8 +60,8 @@ def test_changed_weights_and_foreign_folders_are_refused(tmp_path):
 
 
 def test_folder_cannot_name_code_from_elsewhere(tmp_path):
-    classifier, _, _ = classifier_with(Frozen())
-    save(tmp_path, classifier, Frozen())
+    classifier, _, _ = base_classifier()
+    save(tmp_path, classifier)
     spec = read_json(tmp_path / "classifier.json")
     spec["denoiser"] = {"factory": "subprocess:Popen", "arguments": {}}
     write_json(tmp_path / "classifier.json", spec)
@@ -172,7 +77,7 @@ def test_unknown_timm_name_is_named():
 def test_flops_are_twice_the_multiply_accumulates():
     linear = torch.nn.Linear(8, 3)
     assert count_flops(lambda: linear(torch.zeros(5, 8)), linear) == 2 * 5 * 8 * 3
-    classifier, _, _ = classifier_with(Frozen())
+    classifier, _, _ = base_classifier()
     tokens = 17
     per_block = 2 * tokens * WIDTH * WIDTH * (3 + 1 + 2 * 2) + 2 * 2 * tokens * tokens * WIDTH
     patches = 2 * 16 * 49 * WIDTH
@@ -181,7 +86,7 @@ def test_flops_are_twice_the_multiply_accumulates():
 
 
 def test_bfloat16_keeps_the_head_in_float32():
-    classifier, pixels, before = classifier_with(Frozen())
+    classifier, pixels, before = base_classifier()
     logits = classifier.for_inference("bfloat16")(pixels)
     assert logits.dtype == torch.float32
     assert classifier.network.head.weight.dtype == torch.float32

@@ -1,0 +1,9 @@
+"""The base of all settings; imports nothing of bench, so that every module may import it."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
