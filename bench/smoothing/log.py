@@ -123,7 +123,7 @@ def parse_cells(cells: pd.DataFrame, path: Path) -> pd.DataFrame:
             if name == "time"
             else pd.to_numeric(frame[name], errors="coerce")
         )
-        broken = ~np.isfinite(numbers.astype(float))
+        broken = ~(numbers.astype(float).abs() < np.inf)
         if name in WHOLE:
             broken |= (numbers % 1 != 0) | (numbers.abs() > LARGEST_WHOLE)
         if name not in NEEDED and broken.all():
