@@ -129,8 +129,8 @@ def parse_cells(cells: pd.DataFrame, path: Path) -> pd.DataFrame:
         if name not in NEEDED and broken.all():
             continue
         if broken.any():
-            line = broken.idxmax()
-            what = f"{name} is {str(frame.loc[line, name])[:40]!r}"
+            first = int(np.argmax(broken))
+            line, what = frame.index[first], f"{name} is {frame[name].iloc[first][:40]!r}"
             raise BenchError(f"{path} is cut off or garbled at line {line}: {what}; {CURE}")
         frame[name] = numbers.astype("int64") if name in WHOLE else numbers
     frame["correct"] = (frame["predict"] == frame["label"]).astype(int)
