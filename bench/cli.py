@@ -159,8 +159,11 @@ def import_(
     from bench.smoothing.log import import_log
 
     curve = import_log(log, sigma, radius_step)
-    with atomic_write(output) as temporary:
-        curve.to_csv(temporary, index=False)
+    try:
+        with atomic_write(output) as temporary:
+            curve.to_csv(temporary, index=False)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise BenchError(f"--output {output} cannot be written: {error.strerror}") from None
 
 
 @app.command()

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from bench.cli import app
@@ -232,6 +234,21 @@ def test_absent_classes_are_unbalanced(tmp_path: Path) -> None:
     twenty = Claim(0.25, 0.001, 100_000, classes=20)
     finding = only(found(tmp_path, honest(), twenty))
     assert finding.startswith("warning: the classes are unbalanced: 0 to 10 images per class")
+
+
+WHOLE = st.one_of(st.integers(-3, 12), st.integers(-(2**54), 2**54))
+ROWS = st.tuples(WHOLE, WHOLE, WHOLE, st.floats(), st.sampled_from([0, 1, "", "True"]), st.just(1))
+
+
+@given(st.lists(ROWS.map(list), max_size=12), st.sampled_from([None, 10, 2**40]))
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_cells_can_be_audited(
+    tmp_path: Path, rows: list[list[object]], classes: int | None
+) -> None:
+    for finding in found(tmp_path, rows, Claim(0.25, 0.001, 100_000, classes=classes)):
+        assert re.match("(error|warning): .", finding)
 
 
 def test_errors_come_first(tmp_path: Path) -> None:

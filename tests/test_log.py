@@ -185,6 +185,14 @@ def test_import_writes_a_tidy_curve(tmp_path: Path) -> None:
     assert (curve["value"] <= curve["high"]).all()
 
 
+def test_an_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    log = log_of(tmp_path, HEADER + "0\t1\t1\t0.5\t1\t1\n")
+    options = ["--sigma", "0.25", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, ["import", str(log), *options])
+    assert isinstance(done.exception, BenchError)
+    assert "cannot be written" in str(done.exception)
+
+
 def test_a_curve_covers_radii_beyond_four_sigma(tmp_path: Path) -> None:
     log = log_of(tmp_path, HEADER + "0\t1\t1\t2.02\t1\t1\n")
     assert import_log(log, 0.25, 0.25)["radius"].max() == 2.25
