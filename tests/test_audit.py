@@ -118,12 +118,21 @@ def test_a_missing_image_of_a_full_test_set(tmp_path: Path) -> None:
 def test_strides_that_alternate_are_regular(tmp_path: Path) -> None:
     rows = honest()
     for i, row in enumerate(rows):
-        row[0] = 100 * i // 3
+        row[0] = 67 * i // 2
     assert found(tmp_path, rows) == []
-    del rows[20]
-    assert "images missing from the stride 33: 1, the first after 633" in only(
-        found(tmp_path, rows)
-    )
+    del rows[40], rows[20]
+    finding = "error: images missing from the stride 34: 2, the first after 636"
+    assert only(found(tmp_path, rows)) == finding
+
+
+def test_subsets_that_skip_classes_may_be_answered_with_them(tmp_path: Path) -> None:
+    rows = honest()
+    for row in rows:
+        row[1] = row[2] = 2 * int(str(row[1]))
+    rows[9][2], rows[9][4] = 19, 0
+    assert found(tmp_path, rows) == []
+    rows[9][2] = 20
+    assert only(found(tmp_path, rows)).startswith("warning: predictions beyond the largest label")
 
 
 def test_random_subsets_are_told(tmp_path: Path) -> None:

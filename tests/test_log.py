@@ -69,7 +69,7 @@ DIALECTS = {
     "smallest_sat_value,total_time,verifier\n"
     "RS,0,3,3,,0.5,,0:00:15.4,RS\nRS,20,3,4,,0.25,,0:00:01,RS\n",
     "another order and text": "time\tname\tradius\tpredict\tlabel\tidx\n"
-    '15.4\ta "dog\t0.5\t3\t3\t0\n1\t\t0.25\t4\t3\t20\n',
+    '15.4\t"a dog\t0.5\t3\t3\t0\n1\t\t0.25\t4\t3\t20\n',
 }
 
 
