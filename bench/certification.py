@@ -129,7 +129,7 @@ def run_task(task: Task, output: Path) -> pd.DataFrame:
     ]
     rows.sort(key=lambda row: int(row["idx"]))
     write_log(rows, output)
-    write_cohen_log(pd.DataFrame(rows), cohen_path(output))
+    write_cohen_log(rows, cohen_path(output))
     spent = {name: sum(row[key] for row in rows) for name, key in SPENT.items()}
     write_json(output.with_suffix(".json"), {**meaning, **spent, **provenance(device)})
     return pd.DataFrame(rows)
@@ -230,6 +230,7 @@ def gather(shards: list[Path], output: Path) -> None:
         "images_sha256": sha256_json(whole["idx"].tolist()),
         "shards": len(shards),
     }
-    write_log(whole.to_dict("records"), output)
-    write_cohen_log(whole, cohen_path(output))
+    rows = whole.to_dict("records")
+    write_log(rows, output)
+    write_cohen_log(rows, cohen_path(output))
     write_json(output.with_suffix(".json"), merged)

@@ -21,6 +21,7 @@ MethodName = Annotated[str, typer.Option("--method", help="A method of the exper
 Sigma = Annotated[float, typer.Option("--sigma", help="Noise level in [0, 1] pixels.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certification.")]
 Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
+LogFile = Annotated[Path, typer.Argument(help="Certification log.")]
 Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -125,42 +126,6 @@ def certify(
     typer.echo(table.to_string(index=False))
 
 
-@app.command(name="import")
-def import_log(
-    log: Path,
-    sigma: Sigma,
-    output: Output,
-    step: Annotated[float, typer.Option(help="Step of the radii.")] = 0.25,
-) -> None:
-    """Turn anyone's certification log into a tidy certified-accuracy curve."""
-    from bench.tables import import_curve
-
-    typer.echo(import_curve(log, sigma, step, output).to_string(index=False))
-
-
-@app.command()
-def audit(
-    log: Path,
-    sigma: Annotated[float | None, typer.Option(help="Default: from the log's JSON.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Likewise.")] = None,
-    n: Annotated[int | None, typer.Option(help="Likewise: most draws of an image.")] = None,
-) -> None:
-    """Check a certification log; exit 1 where its certified accuracy cannot be trusted."""
-    from bench.smoothing.audit import audit
-    from bench.smoothing.log import read_protocol
-
-    if sigma is None or alpha is None or n is None:
-        known = read_protocol(log)
-        sigma, alpha, n = sigma or known["sigma"], alpha or known["alpha"], n or known["n"]
-    findings = audit(log, float(sigma), float(alpha), int(n))
-    for finding in findings:
-        typer.echo(f"{finding.severity}: {finding.text}")
-    if not findings:
-        typer.echo("nothing found")
-    if any(finding.severity == "error" for finding in findings):
-        raise typer.Exit(1)
-
-
 @app.command()
 def tables(
     experiment: ExperimentFile,
@@ -212,6 +177,48 @@ def compare(a: Path, b: Path) -> None:
         return
     typer.echo(wrong.to_string(index=False))
     raise BenchError(f"{a} and {b} disagree in {len(wrong)} of {len(frame)} comparisons")
+
+
+@app.command("import")
+def import_(
+    log: LogFile,
+    sigma: Sigma,
+    output: Output,
+    radius_step: Annotated[float, typer.Option(help="Spacing of the radii.")] = 0.05,
+) -> None:
+    """Turn anyone's certification log into a curve of certified accuracy (CSV)."""
+    from bench.files import atomic_write
+    from bench.smoothing.log import import_log
+
+    curve = import_log(log, sigma, radius_step)
+    try:
+        with atomic_write(output) as temporary:
+            curve.to_csv(temporary, index=False)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        raise BenchError(f"--output {output} cannot be written: {error.strerror}") from None
+
+
+@app.command()
+def audit(
+    log: LogFile,
+    sigma: Annotated[float | None, typer.Option(help="Noise level in [0, 1] pixels.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Error probability.")] = None,
+    n: Annotated[int | None, typer.Option(help="Draws per certificate.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images the log should hold.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes of the data set.")] = None,
+) -> None:
+    """List what is wrong with a certification log; fail if that voids its claims.
+
+    What is not given is read from the JSON beside the log, which `bench certify` writes.
+    """
+    from bench.smoothing.audit import audit_log, claim_of
+
+    claim = claim_of(log, sigma=sigma, alpha=alpha, n=n, images=images, classes=classes)
+    findings = audit_log(log, claim)
+    for finding in findings:
+        typer.echo(finding)
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

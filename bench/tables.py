@@ -98,20 +98,6 @@ def _curve(
     return curve.assign(**named)[[*named, *curve.columns]]
 
 
-def import_curve(path: Path, sigma: float, step: float, output: Path) -> pd.DataFrame:
-    """Write the certified-accuracy curve of any log at multiples of `step`, in tidy columns.
-
-    Raises:
-        BenchError: the log is missing, cut off or no certification log.
-    """
-    log = read_log(path)
-    curve = certified_accuracy(log, radius_grid(step, log["radius"].max() + step))
-    curve = curve.assign(source=path.name, sigma=sigma)[["source", "sigma", *curve.columns]]
-    with atomic_write(output) as temporary:
-        curve.to_csv(temporary, index=False)
-    return curve
-
-
 def envelope(curves: pd.DataFrame) -> pd.DataFrame:
     """The best sigma per method, seed and radius.
 
