@@ -12,6 +12,8 @@ import torch
 from scipy.stats import binom, binomtest, kstest, norm
 from torch import nn
 
+from bench.backbones import create_classifier
+from bench.config import BackboneSettings
 from bench.smoothing import Protocol, certify, reachable_radii
 from bench.smoothing.bounds import certified_radius, p_a_lower, radius_cap
 from bench.smoothing.journal import Journal
@@ -186,6 +188,26 @@ def test_results_do_not_depend_on_batch_order_or_shard(mode):
     for shard in range(7):
         ids = list(range(shard, 23, 7))
         sharded += certificates(images[ids], protocol(mode=mode), ids=ids)
+    assert sorted(sharded, key=lambda row: row["idx"]) == whole
+
+
+def test_a_bfloat16_vits_certificates_do_not_depend_on_order_or_shard():
+    torch.manual_seed(0)
+    backbone = BackboneSettings(
+        timm="vit_tiny_patch16_224",
+        arguments={"img_size": 28, "patch_size": 7, "embed_dim": 64, "depth": 2, "num_heads": 2},
+    )
+    model = create_classifier(backbone, 2, 1).for_inference("bfloat16")
+    images = torch.rand(23, 1, 28, 28)
+    settings = protocol(mode="decide", sigma=1.0, n=416)
+    whole = certificates(images, settings, model=model)
+    assert len({row["n_a"] for row in whole}) > 5
+    order = torch.randperm(23).tolist()
+    assert certificates(images[order], settings, ids=order, model=model) == whole
+    sharded = []
+    for shard in range(7):
+        ids = list(range(shard, 23, 7))
+        sharded += certificates(images[ids], settings, ids=ids, model=model)
     assert sorted(sharded, key=lambda row: row["idx"]) == whole
 
 
