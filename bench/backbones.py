@@ -101,6 +101,8 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
     """
     import timm
 
+    import bench.lenet  # noqa: F401  (adds itself to timm's names)
+
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": classes}
     arguments |= settings.arguments
     try:

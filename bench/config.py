@@ -2,11 +2,12 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import (
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -22,6 +23,10 @@ from bench.settings import Settings
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["float32", "bfloat16"]
 Scalar = bool | int | float | str
+Share = Annotated[float, Field(ge=0, le=1)]
+T = TypeVar("T")
+# One value for all noise levels, or one for each.
+PerSigma: TypeAlias = T | dict[PositiveFloat, T]
 TRIAL = "__lr_"
 
 
@@ -43,14 +48,43 @@ class BackboneSettings(Settings):
     pretrained: bool = False
 
 
+class AdamW(Settings):
+    """AdamW with torch's momenta."""
+
+    kind: Literal["adamw"] = "adamw"
+
+
+class Sgd(Settings):
+    """Stochastic gradient descent; its weight decay acts through the gradient."""
+
+    kind: Literal["sgd"]
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+
+
+class Cosine(Settings):
+    """Linear warm-up over a share of the steps, then cosine to zero."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+
+
+class Step(Settings):
+    """The learning rate is multiplied by `factor` at each of these shares of the steps."""
+
+    kind: Literal["step"]
+    drop_at: list[Share]
+    factor: PositiveFloat = 0.1
+
+
 class TrainingSettings(Settings):
-    """Budget and optimizer; `images` counts the training images seen, noise draws included."""
+    """Budget and optimizer; `images` counts the training images seen, however noisy each."""
 
     images: PositiveInt
     batch_size: PositiveInt = 128
+    optimizer: Annotated[AdamW | Sgd, Field(discriminator="kind")] = AdamW()
+    schedule: Annotated[Cosine | Step, Field(discriminator="kind")] = Cosine()
     weight_decay: float = Field(default=0.05, ge=0)
-    warmup: float = Field(default=0.1, ge=0, lt=1)
-    clip_norm: PositiveFloat = 1.0
+    clip_norm: PositiveFloat | None = 1.0
     precision: Precision = "bfloat16"
 
     @property
@@ -74,10 +108,94 @@ class TrainingOverrides(Settings):
     precision: Precision | None = None
 
 
-class CrossEntropy(Settings):
+class ObjectiveSettings(Settings):
+    """Base of all objectives: every hyperparameter may differ by sigma."""
+
+    def at(self, sigma: float) -> dict[str, Any]:
+        """The hyperparameters at `sigma`, by name.
+
+        Raises:
+            ValueError: one of them has no value there.
+        """
+        values = self.model_dump(exclude={"kind"})
+        for key, value in values.items():
+            if isinstance(value, dict):
+                if sigma not in value:
+                    raise ValueError(f"{key} has no value for sigma = {sigma}")
+                values[key] = value[sigma]
+        return values
+
+
+class CrossEntropy(ObjectiveSettings):
     """Cross-entropy on Gaussian-noised images (Cohen 2019; eq. 4 of PEFTSmoothing)."""
 
     kind: Literal["cross_entropy"] = "cross_entropy"
+    noises: PerSigma[PositiveInt] = 1
+
+
+class Stability(ObjectiveSettings):
+    """Stability training (Li 2019); `weight` is lambda."""
+
+    kind: Literal["stability"]
+    weight: PerSigma[NonNegativeFloat] = 2.0
+
+
+class SmoothAdv(ObjectiveSettings):
+    """SmoothAdv by PGD (Salman 2019); `radius` is epsilon in [0, 1] pixels."""
+
+    kind: Literal["smoothadv"]
+    noises: PerSigma[PositiveInt] = 4
+    radius: PerSigma[NonNegativeFloat] = 1.0
+    steps: PerSigma[PositiveInt] = 10
+    warmup: PerSigma[Share] = 0.067
+
+
+class Macer(ObjectiveSettings):
+    """MACER (Zhai 2020): lambda = `weight`, gamma = `margin`, beta = `temperature`."""
+
+    kind: Literal["macer"]
+    noises: PerSigma[PositiveInt] = 16
+    weight: PerSigma[NonNegativeFloat] = 12.0
+    margin: PerSigma[PositiveFloat] = 8.0
+    temperature: PerSigma[PositiveFloat] = 16.0
+    start: PerSigma[Share] = 0.0
+
+
+class Consistency(ObjectiveSettings):
+    """Consistency (Jeong & Shin 2020): lambda = `weight`, eta = `entropy_weight`."""
+
+    kind: Literal["consistency"]
+    noises: PerSigma[PositiveInt] = 2
+    weight: PerSigma[NonNegativeFloat] = 10.0
+    entropy_weight: PerSigma[NonNegativeFloat] = 0.5
+
+
+class SmoothMix(ObjectiveSettings):
+    """SmoothMix (Jeong 2021): alpha = `step_size`, T = `steps`, eta = `weight`."""
+
+    kind: Literal["smoothmix"]
+    noises: PerSigma[PositiveInt] = 2
+    steps: PerSigma[PositiveInt] = 4
+    step_size: PerSigma[PositiveFloat] = 1.0
+    weight: PerSigma[NonNegativeFloat] = 5.0
+    one_step: PerSigma[bool] = False
+    warmup: PerSigma[Share] = 0.067
+
+
+class CatRs(ObjectiveSettings):
+    """CAT-RS (Jeong 2023): epsilon = `radius` in [0, 1] pixels, lambda = `weight`."""
+
+    kind: Literal["cat_rs"]
+    noises: PerSigma[PositiveInt] = 4
+    radius: PerSigma[NonNegativeFloat] = 1.0
+    steps: PerSigma[PositiveInt] = 4
+    weight: PerSigma[NonNegativeFloat] = 1.0
+
+
+Objective = Annotated[
+    CrossEntropy | Stability | SmoothAdv | Macer | Consistency | SmoothMix | CatRs,
+    Field(discriminator="kind"),
+]
 
 
 class Method(Settings):
@@ -87,7 +205,7 @@ class Method(Settings):
     family: str
     baseline: Name | None = None
     parameterization: Parameterization = Frozen()
-    objective: CrossEntropy = CrossEntropy()
+    objective: Objective = CrossEntropy()
     learning_rate: PositiveFloat | None = None
     training: TrainingOverrides = TrainingOverrides()
     settings: dict[str, Scalar] = Field(default_factory=dict)
@@ -218,6 +336,16 @@ class Experiment(Settings):
             raise ValueError(f"tuning.sigma = {self.tuning.sigma} must be one of sigmas")
         return self
 
+    @model_validator(mode="after")
+    def _objectives_know_every_sigma(self) -> "Experiment":
+        for name, method in self.methods.items():
+            for sigma in self.sigmas:
+                try:
+                    method.objective.at(sigma)
+                except ValueError as error:
+                    raise ValueError(f"methods.{name}.objective.{error}") from None
+        return self
+
     def point(self, name: str) -> Method:
         """The method `name`, or its trial with another learning rate, `NAME__lr_RATE`.
 
@@ -244,9 +372,11 @@ class Experiment(Settings):
 
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
         """Hash of the settings that define one model folder (label and family do not)."""
-        point = self.point(method).model_dump(exclude={"label", "family", "training"})
+        chosen = self.point(method)
+        point = chosen.model_dump(exclude={"label", "family", "training", "objective"})
+        objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
-        return sha256_json([self.base_fingerprint, point, training, sigma, seed])
+        return sha256_json([self.base_fingerprint, point, objective, training, sigma, seed])
 
     def certification_fingerprint(self, sigma: float, seed: int) -> str:
         """Hash of the settings that define one certification, the model's own aside."""

@@ -27,7 +27,7 @@ def inference_flops(classifier: Classifier, shape: tuple[int, int, int]) -> int:
 
 
 def training_flops(
-    loss: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    loss: Callable[[Tensor, Tensor, torch.Generator, float], Tensor],
     shape: tuple[int, int, int],
     images: int,
     *modules: nn.Module,
@@ -40,7 +40,7 @@ def training_flops(
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def step() -> None:
-        loss(pixels, labels, noise).backward()  # type: ignore[no-untyped-call]
+        loss(pixels, labels, noise, 1.0).backward()  # type: ignore[no-untyped-call]
 
     # The step must leave no trace in batch-norm statistics.
     kept = [{k: v.clone() for k, v in module.named_buffers()} for module in modules]

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from bench.backbones import Classifier, create_classifier, set_fused_attention
-from bench.config import Experiment, Method, TrainingSettings
+from bench.config import CrossEntropy, Experiment, Method, Objective, TrainingSettings
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
@@ -23,6 +23,7 @@ from bench.model_folder import (
     training_report,
 )
 from bench.objectives import OBJECTIVES
+from bench.objectives.noise import Batch
 from bench.parameterizations import adapt, step_hook
 from bench.provenance import pick_device
 from bench.training import TrainingRecord, accuracy, fit
@@ -89,7 +90,7 @@ def pretrain(experiment: Experiment, folder: Path) -> None:
         experiment.pretrain,
         classifier,
         data,
-        "cross_entropy",
+        CrossEntropy(),
         sigma=0.0,
         learning_rate=experiment.pretrain.learning_rate,
         seed=identity.seed,
@@ -105,7 +106,7 @@ def _fit_classifier(
     settings: TrainingSettings,
     classifier: Classifier,
     data: Data,
-    objective: str,
+    objective: Objective,
     sigma: float,
     learning_rate: float,
     seed: int,
@@ -113,10 +114,11 @@ def _fit_classifier(
     """Train `classifier` where it requires gradients; also count what that costs."""
     device = next(classifier.parameters()).device
     classifier.train()
-    minimise = OBJECTIVES[objective]
+    minimise, hyperparameters = OBJECTIVES[objective.kind], objective.at(sigma)
 
-    def loss(images: Tensor, labels: Tensor, noise: Generator) -> Tensor:
-        return minimise(classifier, images, labels, sigma, noise)
+    def loss(images: Tensor, labels: Tensor, noise: Generator, progress: float) -> Tensor:
+        batch = Batch(images, labels, sigma, noise, progress)
+        return minimise(classifier, batch, **hyperparameters)
 
     counts = parameter_counts(classifier, classifier)
     flops = {
@@ -159,7 +161,7 @@ def train(
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
         record, cost = _fit_classifier(
-            settings, classifier, data, point.objective.kind, sigma, point.learning_rate, seed
+            settings, classifier, data, point.objective, sigma, point.learning_rate, seed
         )
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization)

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from bench.config import TrainingSettings
+from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
 from bench.errors import BenchError
 from bench.progress import track
 
-# (clean images (B, C, H, W) in [0, 1], labels (B,), noise source) -> scalar loss
-BatchLoss = Callable[[Tensor, Tensor, Generator], Tensor]
+# (clean images (B, C, H, W) in [0, 1], labels (B,), noise source, share of steps) -> scalar loss
+BatchLoss = Callable[[Tensor, Tensor, Generator, float], Tensor]
 CURVE_POINTS = 50
 
 
@@ -51,8 +51,10 @@ def _batches(split: ImageSplit, batch_size: int, steps: int, seed: int) -> Itera
         queue = queue[batch_size:]
 
 
-def _schedule(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then cosine to zero."""
+def _schedule(settings: Cosine | Step, steps: int) -> Callable[[int], float]:
+    """Share of the full learning rate at each step."""
+    if isinstance(settings, Step):
+        return lambda step: settings.factor ** sum(step >= at * steps for at in settings.drop_at)
     warm = max(1, round(settings.warmup * steps))
 
     def factor(step: int) -> float:
@@ -61,6 +63,17 @@ def _schedule(settings: TrainingSettings, steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     return factor
+
+
+def _optimizer(
+    parameters: list[nn.Parameter], settings: TrainingSettings, learning_rate: float
+) -> torch.optim.Optimizer:
+    decay, chosen = settings.weight_decay, settings.optimizer
+    if isinstance(chosen, Sgd):
+        return torch.optim.SGD(
+            parameters, learning_rate, chosen.momentum, weight_decay=decay, fused=True
+        )
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=decay, fused=True)
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -78,7 +91,7 @@ def fit(
     seed: int,
     after_step: Callable[[], None] = lambda: None,
 ) -> TrainingRecord:
-    """Minimise `loss` over the parameters of `module` that require gradients (AdamW).
+    """Minimise `loss` over the parameters of `module` that require gradients.
 
     Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit.
     `after_step` runs while the step's gradients are still there.
@@ -89,10 +102,9 @@ def fit(
     device = next(module.parameters()).device
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = settings.steps
-    optimizer = torch.optim.AdamW(
-        parameters, learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(settings, steps))
+    optimizer = _optimizer(parameters, settings, learning_rate)
+    schedule = _schedule(settings.schedule, steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
     begin = time.perf_counter()
@@ -100,9 +112,10 @@ def fit(
     for step, positions in enumerate(batches):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
         with precision_context(device, settings.precision):
-            value = loss(images, labels, noise)
+            value = loss(images, labels, noise, (step + 1) / steps)
         value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         scheduler.step()
         after_step()

@@ -98,9 +98,40 @@ def test_counting_training_flops_leaves_no_trace_in_batch_statistics():
     denoiser = DnCNN(channels=1, depth=4, width=8).train()
     before = {name: value.clone() for name, value in denoiser.state_dict().items()}
 
-    def loss(images, labels, noise):
+    def loss(images, labels, noise, progress):
         return denoiser(images).square().mean()
 
     assert training_flops(loss, (1, 8, 8), 100, denoiser) > 0
     assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
     assert all(parameter.grad is None for parameter in denoiser.parameters())
+
+
+def test_lenet_is_the_published_one():
+    torch.manual_seed(0)
+    lenet = BackboneSettings(timm="lenet")
+    classifier = create_classifier(lenet, CLASSES, 1).eval()
+    sizes = {name: tuple(p.shape) for name, p in classifier.network.named_parameters()}
+    assert [size for name, size in sizes.items() if name.endswith("weight")] == [
+        (20, 1, 5, 5),
+        (50, 20, 5, 5),
+        (500, 800),
+        (10, 500),
+    ]
+    assert sum(p.numel() for p in classifier.parameters()) == 431_080
+    pixels = torch.rand(4, 1, 28, 28)
+    assert torch.allclose(classifier(pixels), classifier.network(pixels))  # pixels as they are
+    convolutions = 20 * 25 * 24 * 24 + 50 * 20 * 25 * 8 * 8
+    assert inference_flops(classifier, (1, 28, 28)) == 2 * (convolutions + 800 * 500 + 500 * 10)
+    with pytest.raises(BenchError, match="no pretrained weights"):
+        create_classifier(lenet.model_copy(update={"pretrained": True}), CLASSES, 1)
+
+
+def test_lenet_folder_round_trip_is_bit_equal(tmp_path):
+    classifier = create_classifier(BackboneSettings(timm="lenet"), CLASSES, 1).eval()
+    pixels = torch.rand(4, 1, 28, 28)
+    spec = ClassifierSpec(
+        data="d", classes=CLASSES, channels=1, backbone=BackboneSettings(timm="lenet")
+    )
+    save_model(tmp_path, classifier, spec, IDENTITY, {}, {})
+    with torch.no_grad():
+        assert torch.equal(load_classifier(tmp_path)(pixels), classifier(pixels))

@@ -11,7 +11,7 @@ from bench.backbones import Classifier, set_fused_attention
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.jobs import base_flops, cost_report, load_base
 from bench.model_folder import Component, save_model, spec_of, training_report
-from bench.objectives import add_noise
+from bench.objectives.noise import add_noise
 from bench.training import accuracy, fit
 
 
@@ -43,7 +43,7 @@ def train_denoiser(job: BaselineJob) -> None:
     denoiser.to(memory_format=torch.channels_last)
     denoiser.train()
 
-    def loss(images: Tensor, labels: Tensor, noise: Generator) -> Tensor:
+    def loss(images: Tensor, labels: Tensor, noise: Generator, progress: float) -> Tensor:
         return batch_loss(classifier, settings.objective, job.sigma, images, noise)
 
     counts = parameter_counts(denoiser, classifier)

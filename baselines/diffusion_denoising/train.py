@@ -20,7 +20,7 @@ def noise_prediction(unet: UNet2DModel, settings: DiffusionSettings) -> BatchLos
     """The simple DDPM loss (Ho 2020, eq. 14) with t uniform in the settings' window."""
     scheduler = ddpm_scheduler()
 
-    def loss(images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
+    def loss(images: Tensor, labels: Tensor, generator: Generator, progress: float) -> Tensor:
         noise = torch.randn(images.shape, generator=generator, device=images.device)
         window = (settings.timesteps_low, settings.timesteps_high)
         t = torch.randint(*window, (len(images),), generator=generator, device=images.device)

@@ -81,13 +81,15 @@ def published_option(wildcards, input):
 TRAIN_CODE = code_of(
     *(
         f"bench/{name}.py"
-        for name in ("backbones", "cost", "data", "jobs", "objectives", "training")
+        for name in ("backbones", "cost", "data", "jobs", "lenet", "training")
     ),
+    "bench/objectives",
     "bench/parameterizations",
 )
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",
+    "bench/lenet.py",
     *(
         f"bench/smoothing/{name}.py"
         for name in (

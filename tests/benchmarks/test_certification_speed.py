@@ -19,6 +19,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
+import bench.lenet  # noqa: F401  (adds itself to timm's names)
 from bench.backbones import Classifier, compile_for_inference
 from bench.cost import inference_flops
 from bench.smoothing import Protocol, certify, reachable_radii
@@ -30,28 +31,8 @@ P_A = [0.3, 0.45, 0.5, 0.56, 0.68, 0.81, 0.91, 0.962, 0.99, 0.9973, 0.9995, 0.99
 CLASSES = 10
 
 
-class LeNet(nn.Module):
-    """Two convolutions and three linear layers, on 28 x 28."""
-
-    num_features = 84
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(),
-        )  # fmt: skip
-        self.head = nn.Linear(84, CLASSES)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        return self.features(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return x if pre_logits else self.head(x)
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
+def lenet() -> nn.Module:
+    return timm.create_model("lenet", num_classes=CLASSES)
 
 
 def small_vit() -> nn.Module:
@@ -67,7 +48,7 @@ def vit_s() -> nn.Module:
     )
 
 
-NETWORKS = {"LeNet": (LeNet, (1, 28, 28)), "small ViT": (small_vit, (1, 28, 28)),
+NETWORKS = {"LeNet": (lenet, (1, 28, 28)), "small ViT": (small_vit, (1, 28, 28)),
             "ViT-S": (vit_s, (3, 64, 64))}  # fmt: skip
 
 

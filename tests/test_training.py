@@ -1,0 +1,64 @@
+"""Optimizers and schedules take the steps that their settings describe."""
+
+import pytest
+import torch
+from torch import nn
+
+from bench.config import Sgd, Step, TrainingSettings
+from bench.data import ArraySplit
+from bench.training import fit
+
+IMAGES = ArraySplit(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+SGD = {"images": 8, "batch_size": 2, "weight_decay": 0.0, "clip_norm": None}
+STEP = Step(kind="step", drop_at=[0.5, 0.75], factor=0.1)
+
+
+class Weight(nn.Module):
+    """One weight, starting at 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+
+def path(settings, slope=1.0):
+    """The weight after each of 4 steps down a loss of constant slope, and each step's progress."""
+    module, seen, progress = Weight(), [], []
+
+    def loss(images, labels, noise, share):
+        progress.append(share)
+        return slope * module.weight.sum()
+
+    fit(module, loss, IMAGES, settings, 0.1, 0, lambda: seen.append(module.weight.item()))
+    return seen, progress
+
+
+def test_sgd_drops_its_rate_at_the_named_shares():
+    plain = TrainingSettings(**SGD, optimizer=Sgd(kind="sgd", momentum=0), schedule=STEP)
+    weights, progress = path(plain)
+    assert weights == pytest.approx([0.9, 0.8, 0.79, 0.789])
+    assert progress == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_sgd_has_momentum_and_weight_decay():
+    constant = Step(kind="step", drop_at=[])
+    heavy = TrainingSettings(**SGD, optimizer=Sgd(kind="sgd", momentum=0.9), schedule=constant)
+    weights, _ = path(heavy)
+    assert weights == pytest.approx([0.9, 0.71, 0.439, 0.0951])
+    decay = {**SGD, "weight_decay": 0.5}
+    shrinking = TrainingSettings(**decay, optimizer=Sgd(kind="sgd", momentum=0), schedule=constant)
+    assert path(shrinking, slope=0.0)[0][:2] == pytest.approx([0.95, 0.9025])
+
+
+def test_clipping_can_be_turned_off():
+    plain = TrainingSettings(**SGD, optimizer=Sgd(kind="sgd", momentum=0), schedule=STEP)
+    assert path(plain, slope=10.0)[0][0] == pytest.approx(0.0, abs=1e-6)
+    clipped = plain.model_copy(update={"clip_norm": 2.0})
+    assert path(clipped, slope=10.0)[0][0] == pytest.approx(0.8, rel=1e-5)
+
+
+def test_the_default_is_adamw_with_a_cosine():
+    weights, _ = path(TrainingSettings(images=8, batch_size=2, weight_decay=0.0))
+    steps = torch.tensor([1.0, *weights]).diff()
+    # AdamW moves by the rate itself on a constant slope: one warm-up step, then the cosine.
+    assert steps.tolist() == pytest.approx([-0.1, -0.1, -0.075, -0.025], rel=1e-3)
