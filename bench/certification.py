@@ -1,7 +1,7 @@
 """Certification jobs: a classifier and a protocol in, a log and its sidecar out."""
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +230,7 @@ def gather(shards: list[Path], output: Path) -> None:
         "images_sha256": sha256_json(whole["idx"].tolist()),
         "shards": len(shards),
     }
-    rows = whole.to_dict("records")
+    rows = whole[[field.name for field in fields(Certificate)]].to_dict("records")
     write_log(rows, output)
     write_cohen_log(rows, cohen_path(output))
     write_json(output.with_suffix(".json"), merged)

@@ -350,7 +350,7 @@ def test_adalora_ends_at_its_budget():
     split = ArraySplit(images, torch.arange(64) % CLASSES)
     settings = TrainingSettings(images=8 * STEPS, batch_size=8, precision="float32")
 
-    def loss(images, labels, noise):
+    def loss(images, labels, noise, progress):
         return nn.functional.cross_entropy(classifier(images), labels)
 
     fit(classifier, loss, split, settings, 1e-2, 0, step_hook(classifier.network))

@@ -1,5 +1,6 @@
 """The sequential test: exact size by independent means, false claims, what it saves."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from bench.smoothing.sequential import (
 
 ALPHA = 0.001
 REPEATS = 100
-LOGS = Path(__file__).parents[2] / "shared/reference/logs/cohen"
+SHARED = Path(os.environ.get("BENCH_SHARED", Path(__file__).parents[2] / "shared"))
+LOGS = SHARED / "reference/logs/cohen"
 GRID = tuple(np.round(np.arange(13) * 0.25, 10))
 
 
@@ -228,7 +230,7 @@ def replay(path: Path, sigma: float, step: float) -> tuple[float, np.ndarray]:
     return float(drawn.mean()) + 100, 100 * lost
 
 
-@pytest.mark.skipif(not LOGS.exists(), reason="Cohen's logs lie in ../shared, not in a clone")
+@pytest.mark.skipif(not LOGS.exists(), reason=f"{LOGS} is absent: set BENCH_SHARED")
 @pytest.mark.parametrize(("step", "most"), [(0.25, 10_500), (0.5, 5_000)])
 def test_replaying_cohens_logs_saves_nine_tenths_of_the_draws(step, most):
     paths = sorted(LOGS.glob("*.tsv"))

@@ -316,7 +316,7 @@ def test_certify_takes_any_model_folder(done, tmp_path):
         "need a timm: model": ["--data", str(folder.parent)],
         "nonsense": ["--data", "fashion_mnist", "--set", "nonsense=1"],
         "timm has no pretrained weights": ["--data", "fashion_mnist", "--model", "timm:nothing"],
-        "training.json is missing": ["--data", "fashion_mnist", "--model", str(tmp_path)],
+        "classifier.json is missing": ["--data", "fashion_mnist", "--model", str(tmp_path)],
     }
     for message, extra in cases.items():
         answer = bench(done, *arguments, *extra)
