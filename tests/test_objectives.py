@@ -74,6 +74,11 @@ def value(kind, batch=None, model=None, **hyperparameters):
     return OBJECTIVES[kind](model or Linear(), batch or batch_at(), **hyperparameters).item()
 
 
+def outer(pixels, target):
+    """Derivative by W of the cross-entropy of softmax(W x) with `target`."""
+    return torch.outer((probabilities(pixels) - target).double(), pixels.flatten().double())
+
+
 def ascent(x, y, noise):
     """Unit gradient of -log mean_i softmax(W(x + e_i))_y: W^T sum_i w_i (p_i - onehot_y)."""
     weight = Linear().weight.detach()
@@ -119,6 +124,22 @@ def test_consistency_is_its_formula():
     assert found == pytest.approx(expected / 6, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "stability", "macer", "consistency"])
+def test_gradients_are_those_of_the_whole_value(kind):
+    """No part of these is a constant: a small step changes the value as the gradient says."""
+    settings = SETTINGS[kind](kind=kind).at(SIGMA)
+    model = Linear()
+    OBJECTIVES[kind](model, batch_at(), **settings).backward()
+    step = 1e-5 * torch.randn(CLASSES, 4, generator=torch.Generator().manual_seed(4)).double()
+    values = []
+    for sign in (1, -1):
+        moved = Linear()
+        moved.weight.data += sign * step
+        values.append(value(kind, None, moved, **settings))
+    predicted = 2 * float((model.weight.grad * step).sum())
+    assert values[0] - values[1] == pytest.approx(predicted, rel=1e-3)
+
+
 def macer_gaps(noise, temperature):
     """Phi^-1 of the best minus Phi^-1 of the second, None where the best is wrong."""
     gaps = []
@@ -150,7 +171,7 @@ def test_macer_has_finite_gradients_where_the_classifier_is_certain():
     model = Linear()
     model.weight.data *= 1e4
     settings = SETTINGS["macer"](kind="macer").at(SIGMA)
-    OBJECTIVES["macer"](model, batch_at(), **settings).backward()
+    OBJECTIVES["macer"](model, batch_at(sigma=1e-6), **settings).backward()
     assert model.weight.grad.isfinite().all()
 
 
@@ -175,7 +196,7 @@ def test_smoothmix_is_its_formula(one_step):
     noise, generator = noise_and_generator(2)
     shares = torch.rand(6, 1, generator=generator)[:, 0] / 2
     ramp, size = 0.5, 0.4
-    expected, rights = 0.0, []
+    expected, rights, slope = 0.0, [], torch.zeros(CLASSES, 4, dtype=torch.float64)
     for i, (x, y) in enumerate(zip(*images_and_labels(), strict=True)):
         path = [x]
         for _ in range(3):
@@ -188,9 +209,17 @@ def test_smoothmix_is_its_formula(one_step):
         rights.append(bool(mean.argmax() == y))
         apart = sum(kl(target, probabilities(mixed + e)) for e in noise[:, i]) / 2
         expected += sum(-math.log(p[y]) for p in ps) / 2 + 5 * ramp * rights[-1] * apart
+        slope += sum(outer(start + e, torch.eye(CLASSES)[y]) for e in noise[:, i]) / 2
+        for e in noise[:, i] if rights[-1] else []:
+            slope += 5 * ramp * outer(mixed + e, target) / 2
+            for p, own in zip(ps, noise[:, i], strict=True):  # the target moves with W as well
+                surplus = (1 - share) / 4 * p * (target / probabilities(mixed + e)).log()
+                pull = torch.outer(surplus - p * surplus.sum(), (start + own).flatten().double())
+                slope += 5 * ramp * pull
     assert set(rights) == {True, False}
-    found = value(
-        "smoothmix",
+    model = Linear()
+    found = OBJECTIVES["smoothmix"](
+        model,
         batch_at(progress=0.05),
         noises=2,
         steps=3,
@@ -199,7 +228,9 @@ def test_smoothmix_is_its_formula(one_step):
         one_step=one_step,
         warmup=0.1,
     )
-    assert found == pytest.approx(expected / 6, rel=1e-4)
+    found.backward()
+    assert found.item() == pytest.approx(expected / 6, rel=1e-4)
+    assert torch.allclose(model.weight.grad, slope / 6, atol=1e-5)
 
 
 def worst_noise(x, noise, target, radius, steps):
@@ -222,16 +253,22 @@ def test_cat_rs_is_its_formula():
     kept = torch.binomial(torch.full((6,), 4.0), shares, generator=generator).clamp(min=1)
     assert 4 in kept
     assert any(k < 4 for k in kept)
-    expected = 0.0
+    expected, slope = 0.0, torch.zeros(CLASSES, 4, dtype=torch.float64)
     for i, (x, y) in enumerate(zip(images, labels, strict=True)):
-        losses = sorted(-math.log(p[y]) for p in ps[i])
-        expected += sum(losses[: int(kept[i])]) / 4
-        target = sum(ps[i]) / 4
-        worst = [worst_noise(x, e, target, 0.6, 3) for e in noise[:, i]]
-        hardest = max(kl(target, probabilities(x + e)) for e in worst)
-        expected += 2 * hardest if kept[i] == 4 else 0.0
-    found = value("cat_rs", noises=4, radius=0.6, steps=3, weight=2.0)
-    assert found == pytest.approx(expected / 6, rel=1e-4)
+        easy = sorted(noise[:, i], key=lambda e: -probabilities(x + e)[y])[: int(kept[i])]
+        expected -= sum(math.log(probabilities(x + e)[y]) for e in easy) / 4
+        slope += sum(outer(x + e, torch.eye(CLASSES)[y]) for e in easy) / 4
+        if kept[i] == 4:
+            target = sum(ps[i]) / 4
+            worst = [worst_noise(x, e, target, 0.6, 3) for e in noise[:, i]]
+            hardest = max(worst, key=lambda e: kl(target, probabilities(x + e)))
+            expected += 2 * kl(target, probabilities(x + hardest))
+            slope += 2 * outer(x + hardest, target)  # the target is a constant
+    model = Linear()
+    found = OBJECTIVES["cat_rs"](model, batch_at(), noises=4, radius=0.6, steps=3, weight=2.0)
+    found.backward()
+    assert found.item() == pytest.approx(expected / 6, rel=1e-4)
+    assert torch.allclose(model.weight.grad, slope / 6, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +438,5 @@ def test_cross_entropy_gradient_of_a_linear_model():
     expected = torch.zeros(CLASSES, 4, dtype=torch.float64)
     for draw in noise:
         for x, y, e in zip(images, labels, draw, strict=True):
-            error = probabilities(x + e) - torch.eye(CLASSES)[y]
-            expected += torch.outer(error, (x + e).flatten().double()) / 12
+            expected += outer(x + e, torch.eye(CLASSES)[y]) / 12
     assert torch.allclose(model.weight.grad, expected, atol=1e-6)

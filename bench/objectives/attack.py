@@ -39,6 +39,6 @@ def smoothed_gradient(
     """Gradient at `images` of -log(1/M sum_i softmax(F(x + noise_i))_y) (Salman 2019)."""
     images = images.detach().requires_grad_()
     logits = noisy_logits(classifier, images + noise)
-    # The sum keeps images apart: each has the gradient of its own loss.
+    # Summed, so that each image has the gradient of its own loss, whatever the batch size.
     loss = F.nll_loss(log_smoothed(logits), labels, reduction="sum")
     return torch.autograd.grad(loss, images)[0]
