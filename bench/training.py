@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
@@ -102,8 +103,7 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = max(1, settings.images // settings.batch_size)
     optimizer = _optimizer(parameters, settings, learning_rate)
-    schedule = _schedule(settings.schedule, steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = LambdaLR(optimizer, _schedule(settings.schedule, steps))
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
     begin = time.perf_counter()
@@ -113,8 +113,7 @@ def fit(
         with precision_context(device, settings.precision):
             value = loss(images, labels, noise, (step + 1) / steps)
         value.backward()  # type: ignore[no-untyped-call]
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
