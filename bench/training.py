@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
@@ -103,8 +104,7 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = settings.steps
     optimizer = _optimizer(parameters, settings, learning_rate)
-    schedule = _schedule(settings.schedule, steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = LambdaLR(optimizer, _schedule(settings.schedule, steps))
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
     begin = time.perf_counter()
@@ -114,8 +114,7 @@ def fit(
         with precision_context(device, settings.precision):
             value = loss(images, labels, noise, (step + 1) / steps)
         value.backward()  # type: ignore[no-untyped-call]
-        if settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
         optimizer.step()
         scheduler.step()
         after_step()
