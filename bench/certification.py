@@ -27,6 +27,8 @@ from bench.statistics import accuracy_interval
 
 # What a continued run may change: both only decide when to stop, see sequential.py.
 STOPPING = ("n", "futility")
+# Images do not affect each other; where they share alpha, `family_size` stays behind.
+IMAGES = ("n_images", "images_sha256")
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,8 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
 
 
 def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
-    """What votes kept from an earlier run must have been drawn under."""
-    free = STOPPING if meaning["mode"] == "decide" else ()
+    """What votes kept from an earlier run must have been drawn under; more images may join."""
+    free = IMAGES + (STOPPING if meaning["mode"] == "decide" else ())
     return {key: value for key, value in meaning.items() if key not in free}
 
 

@@ -308,6 +308,12 @@ def test_certify_takes_any_model_folder(done, tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[0].split() == ["radius", "value", "low", "high", "n_images"]
     assert len(pd.read_csv(log, sep="\t")) == 8
+    votes = log.with_suffix(".votes.jsonl")
+    kept = votes.read_text()
+    answer = bench(done, *arguments, "--data", "fashion_mnist", *small, "--images", "16")
+    assert answer.returncode == 0, answer.stderr
+    assert len(pd.read_csv(log, sep="\t")) == 16
+    assert votes.read_text().startswith(kept)  # more images do not redraw the first
     folder = tmp_path / "images/cat"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(folder / "one.png")
