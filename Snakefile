@@ -38,3 +38,4 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+        rules.compare_published.output if REPRODUCES else [],

@@ -166,6 +166,20 @@ def figures(
 
 
 @app.command()
+def published(
+    experiment: ExperimentFile,
+    accuracy: Annotated[Path, typer.Option(help="Our certified_accuracy.csv.")],
+    published: Annotated[Path, typer.Option(help="CSV of published results.")],
+    output: Output,
+) -> None:
+    """Set our numbers beside the published ones that they reproduce."""
+    from bench.published import build_published
+
+    table = build_published(load_experiment(experiment), accuracy, published, output)
+    typer.echo(f"{table['within'].sum()} of {len(table)} differences lie within their intervals")
+
+
+@app.command()
 def compare(a: Path, b: Path) -> None:
     """Tell whether two result folders agree within their joint 95 % intervals."""
     from bench.compare import agree, compare_results

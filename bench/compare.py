@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bench.errors import BenchError
 from bench.statistics import accuracy_interval
@@ -42,23 +43,35 @@ def compare_results(a: Path, b: Path) -> pd.DataFrame:
     points = [tuple(row) for row in curves[POINT].itertuples(index=False, name=None)]
     present = np.array([point in both["a"] and point in both["b"] for point in points])
     filled = _end_at_zero(_end_at_zero(curves, "a"), "b")
-    a_above = filled["value_a"] > filled["value_b"]
-    half_a = np.where(
-        a_above, filled["value_a"] - filled["low_a"], filled["high_a"] - filled["value_a"]
-    )
-    half_b = np.where(
-        a_above, filled["high_b"] - filled["value_b"], filled["value_b"] - filled["low_b"]
-    )
     table = filled[[*POINT, "radius"]].assign(
         quantity="certified_accuracy",
         a=filled["value_a"],
         b=filled["value_b"],
         difference=filled["value_a"] - filled["value_b"],
-        joint_half_width=np.hypot(half_a, half_b),
+        joint_half_width=joint_half_width(
+            *(filled[[f"value_{side}", f"low_{side}", f"high_{side}"]] for side in "ab")
+        ),
     )
     within = table["difference"].abs() <= table["joint_half_width"] + 1e-12
     table["agrees"] = present & within
     return pd.concat([table, _compare_parameters(a, b)], ignore_index=True)
+
+
+def joint_half_width(a: pd.DataFrame, b: pd.DataFrame) -> NDArray[np.float64]:
+    """Half width of the interval of a - b, as Newcombe (1998, method 10) joins two intervals.
+
+    Args:
+        a: columns value, low and high, in this order whatever their names.
+        b: likewise, row by row.
+
+    Returns:
+        The root of the summed squares of the halves that face each other.
+    """
+    value_a, low_a, high_a = a.to_numpy().T
+    value_b, low_b, high_b = b.to_numpy().T
+    half_a = np.where(value_a > value_b, value_a - low_a, high_a - value_a)
+    half_b = np.where(value_a > value_b, high_b - value_b, value_b - low_b)
+    return np.asarray(np.hypot(half_a, half_b))
 
 
 def _end_at_zero(curves: pd.DataFrame, side: str) -> pd.DataFrame:

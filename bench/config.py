@@ -203,6 +203,8 @@ class Method(Settings):
 
     label: str
     family: str
+    sigmas: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    published: str | None = None
     baseline: Name | None = None
     parameterization: Parameterization = Frozen()
     objective: Objective = CrossEntropy()
@@ -331,20 +333,36 @@ class Experiment(Settings):
         return sha256_json([*(part.model_dump() for part in parts), self.seeds[0]])
 
     @model_validator(mode="after")
-    def _tuning_sigma_is_one_of_all(self) -> "Experiment":
+    def _sigmas_are_of_the_experiment(self) -> "Experiment":
         if self.tuning.sigma not in self.sigmas:
             raise ValueError(f"tuning.sigma = {self.tuning.sigma} must be one of sigmas")
+        for name, method in self.methods.items():
+            for sigma in sorted(set(method.sigmas or ()) - set(self.sigmas)):
+                raise ValueError(f"methods.{name}.sigmas: {sigma} is not one of sigmas: add it")
         return self
 
     @model_validator(mode="after")
     def _objectives_know_every_sigma(self) -> "Experiment":
         for name, method in self.methods.items():
-            for sigma in self.sigmas:
+            for sigma in {*self.sigmas_of(name), self.tuning.sigma}:
                 try:
                     method.objective.at(sigma)
                 except ValueError as error:
                     raise ValueError(f"methods.{name}.objective.{error}") from None
         return self
+
+    def sigmas_of(self, method: str) -> list[float]:
+        """The noise levels that a method runs at: the experiment's, or those it names."""
+        return self.methods[method].sigmas or self.sigmas
+
+    def points(self) -> list[tuple[str, float, int]]:
+        """Every (method, sigma, seed) that the tables hold."""
+        return [
+            (name, sigma, seed)
+            for name in self.methods
+            for sigma in self.sigmas_of(name)
+            for seed in self.seeds
+        ]
 
     def point(self, name: str) -> Method:
         """The method `name`, or its trial with another learning rate, `NAME__lr_RATE`.
@@ -371,9 +389,10 @@ class Experiment(Settings):
         return self.training.model_copy(update=overrides)
 
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
-        """Hash of the settings that define one model folder (label and family do not)."""
+        """Hash of the settings that define one model folder (labels do not)."""
         chosen = self.point(method)
-        point = chosen.model_dump(exclude={"label", "family", "training", "objective"})
+        labels = {"label", "family", "sigmas", "published"}
+        point = chosen.model_dump(exclude={*labels, "training", "objective"})
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
         return sha256_json([self.base_fingerprint, point, objective, training, sigma, seed])

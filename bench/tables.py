@@ -1,7 +1,6 @@
 """Tidy tables: one row per observation, metadata in columns."""
 
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
 def _check_points(experiment: Experiment, found: list[dict[str, Any]]) -> None:
     """Each point of the experiment must be there once, and no other."""
     have = Counter((row["method"], row["sigma"], row["seed"]) for row in found)
-    wanted = set(product(experiment.methods, experiment.sigmas, experiment.seeds))
+    wanted = set(experiment.points())
     problems = {
         "has no results yet": wanted - set(have),
         "is not part of the experiment": set(have) - wanted,

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
         (("methods", "../up"), {"label": "x", "family": "y"}, "methods"),
         (("methods", "undefended", "learning_rate"), 0.1, "trains nothing"),
         (("tuning", "sigma"), 0.3, "must be one of sigmas"),
+        (("methods", "lora", "sigmas"), [0.3], "methods.lora.sigmas: 0.3"),
         (("methods", "lora", "label"), "adapter", "same label"),
         (("pretrain", "learning_rate"), "1e-3x", "pretrain.learning_rate"),
     ],
@@ -89,6 +90,19 @@ def test_fingerprint_follows_what_defines_the_numbers(smoke_values):
     assert fingerprint(lambda v: v["training"].update(images=1024)) != same
     assert fingerprint(lambda v: v["pretrain"].update(images=1024)) != same
     assert original.training_fingerprint("lora", 0.5, 1) != same
+
+
+def test_a_method_may_run_at_some_sigmas_only(smoke_values):
+    values = copy.deepcopy(smoke_values)
+    values["sigmas"] = [0.25, 0.5]
+    values["methods"]["lora"]["sigmas"] = [0.5]
+    experiment = parse_experiment(values, "test")
+    points = experiment.points()
+    assert [sigma for name, sigma, _ in points if name == "lora"] == [0.5]
+    assert [sigma for name, sigma, _ in points if name == "head"] == [0.25, 0.5]
+    everywhere = parse_experiment(smoke_values, "test")
+    where = ("lora", 0.5, 0)
+    assert experiment.training_fingerprint(*where) == everywhere.training_fingerprint(*where)
 
 
 def test_sigma_has_one_spelling():

@@ -47,6 +47,8 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     assert cost.loc["undefended", "trainable_parameters"] == 0
     assert cost.loc["gaussian_retraining", "base_training_flops"] == 0
     assert cost.loc["diffusion_denoising", "inference_flops"] > cost.loc["lora", "inference_flops"]
+    beside = pd.read_csv(done / "results/smoke/tables/published.csv")
+    assert set(beside["method"]) == {"gaussian_retraining"}
     for name in ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute"):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]

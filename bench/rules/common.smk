@@ -73,6 +73,13 @@ def published_results():
     return [os.path.relpath(path)] if path.exists() else []
 
 
+REPRODUCES = any(method.published for method in EXPERIMENT.methods.values())
+if REPRODUCES and not published_results():
+    raise WorkflowError(
+        f"methods.NAME.published: there is no results/published/{EXPERIMENT.data.name}.csv"
+    )
+
+
 def published_option(wildcards, input):
     """The `--published` argument of the figures."""
     return f"--published {input.published}" if input.published else ""

@@ -1,11 +1,14 @@
-GRID = dict(method=list(EXPERIMENT.methods), sigma=SIGMAS, seed=EXPERIMENT.seeds)
+POINTS = [
+    dict(method=method, sigma=sigma_text(sigma), seed=seed)
+    for method, sigma, seed in EXPERIMENT.points()
+]
 TABLES = f"{RESULTS}/tables"
 
 
 rule tables:
     input:
-        logs=collect(f"{CERTIFICATES}.tsv", **GRID),
-        costs=collect(f"{MODEL}/cost.json", **GRID),
+        logs=[f"{CERTIFICATES}.tsv".format(**point) for point in POINTS],
+        costs=[f"{MODEL}/cost.json".format(**point) for point in POINTS],
         code=code_of("bench/tables.py", "bench/statistics.py", "bench/smoothing/log.py"),
     output:
         certified_accuracy=report(
@@ -39,3 +42,26 @@ rule tables:
     shell:
         "python -m bench tables --experiment {params.experiment} --output {params.folder}"
         " {params.logs} {params.costs} > {log} 2>&1"
+
+
+rule compare_published:
+    input:
+        accuracy=rules.tables.output.certified_accuracy,
+        published=published_results(),
+        code=code_of("bench/published.py", "bench/compare.py", "bench/statistics.py"),
+    output:
+        report(
+            f"{TABLES}/published.csv",
+            category="Tables",
+            caption="../report/published.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/compare_published.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/compare_published.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        names={name: m.published for name, m in EXPERIMENT.methods.items()},
+    shell:
+        "python -m bench published --experiment {params.experiment} --accuracy {input.accuracy}"
+        " --published {input.published} --output {output} > {log} 2>&1"
