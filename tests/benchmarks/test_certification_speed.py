@@ -11,6 +11,7 @@ certify the same images with the same noise level, alpha and N. The plain proced
 import subprocess
 import sys
 import time
+from functools import cache
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def plain_votes(model: nn.Module, image: Tensor, draws: int, batch: int = 1000) 
     return counts
 
 
+@cache
 def plain_seconds(name: str) -> float:
     """Seconds per image of the plain procedure, scaled to its N + 100 draws."""
     model, images = setting(name)
