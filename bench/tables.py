@@ -10,6 +10,7 @@ import pandas as pd
 from bench.config import TRIAL, Experiment
 from bench.errors import BenchError
 from bench.files import atomic_write, read_json
+from bench.paired import PAIR, paired_tests
 from bench.smoothing.log import read_log, read_protocol
 from bench.smoothing.protocol import radius_grid
 from bench.statistics import accuracy_interval, average_certified_radius, certified_accuracy
@@ -19,7 +20,7 @@ LEADERBOARD_STEPS = 4
 
 
 def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
-    """Write certified_accuracy, envelope, summary and cost as CSV, and leaderboard.md.
+    """Write certified_accuracy, envelope, summary, paired and cost as CSV, and leaderboard.md.
 
     Raises:
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
@@ -38,6 +39,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         "certified_accuracy": curves,
         "envelope": envelope(curves),
         "summary": summary,
+        "paired": _paired(read),
         "cost": cost,
     }
     for name, table in tables.items():
@@ -95,6 +97,20 @@ def _curve(
     )
     named = {"experiment": experiment.name, **_named(experiment, protocol)}
     return curve.assign(**named)[[*named, *curve.columns]]
+
+
+def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:
+    """Every pair of methods on the same images, at the radii of the leaderboard."""
+    groups: dict[tuple[float, int], dict[str, pd.DataFrame]] = {}
+    for protocol, log in everything:
+        group = groups.setdefault((protocol["sigma"], protocol["seed"]), {})
+        group[protocol["method"]] = log
+    tables = []
+    for (sigma, seed), logs in sorted(groups.items()):
+        radii = [step * sigma / 2 for step in range(LEADERBOARD_STEPS)]
+        tables.append(paired_tests(logs, radii).assign(sigma=sigma, seed=seed))
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*PAIR, *table.columns.drop(PAIR)]]
 
 
 def envelope(curves: pd.DataFrame) -> pd.DataFrame:

@@ -9,7 +9,12 @@ rule tables:
     input:
         logs=[f"{CERTIFICATES}.tsv".format(**point) for point in POINTS],
         costs=[f"{MODEL}/cost.json".format(**point) for point in POINTS],
-        code=code_of("bench/tables.py", "bench/statistics.py", "bench/smoothing/log.py"),
+        code=code_of(
+            "bench/paired.py",
+            "bench/statistics.py",
+            "bench/smoothing/log.py",
+            "bench/tables.py",
+        ),
     output:
         certified_accuracy=report(
             f"{TABLES}/certified_accuracy.csv",
@@ -26,6 +31,9 @@ rule tables:
             f"{TABLES}/envelope.csv",
             category="Tables",
             caption="../report/envelope.rst",
+        ),
+        paired=report(
+            f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
         ),
         leaderboard=f"{TABLES}/leaderboard.md",
     log:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -33,5 +34,15 @@ def standard_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """
     pairs = torch.stack([keys, torch.zeros_like(keys)], dim=1)
     draws = torch.empty(len(keys), BLOCK * shape[0] * shape[1] * shape[2], device=keys.device)
-    torch.ops.aten._philox_normal_(draws, pairs[:, None])
+    parts = torch.get_num_threads() if keys.device.type == "cpu" else 1
+    work = [*zip(draws.tensor_split(parts), pairs[:, None].tensor_split(parts), strict=True)]
+    # The operator runs on one thread, and would be most of the time beside a network on many.
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(lambda part: _fill(*part), work))
     return draws.view(len(keys) * BLOCK, *shape)
+
+
+@torch.inference_mode()
+def _fill(draws: Tensor, keys: Tensor) -> None:
+    if len(draws):
+        torch.ops.aten._philox_normal_(draws, keys)

@@ -1,0 +1,61 @@
+"""Paired comparisons: hand-computed tables, coverage by simulation, a control that must differ."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bench.errors import BenchError
+from bench.paired import holm, mcnemar, paired_difference_interval, paired_tests
+
+
+def log(right: list[int], radius: float = 0.5) -> pd.DataFrame:
+    return pd.DataFrame({"idx": range(len(right)), "correct": right, "radius": radius})
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 6) == pytest.approx(2 / 2**6)
+    assert mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 2**8)
+
+
+def test_holm_by_hand():
+    # a against b: 0 of 6 discordant (p = 1/32); c is as b, so a against c is the same; b, c equal.
+    logs = {"a": log([0] * 6 + [1] * 4), "b": log([1] * 10), "c": log([1] * 10)}
+    table = paired_tests(logs, [0.5])
+    assert table["p_value"].tolist() == pytest.approx([1 / 32, 1 / 32, 1.0])
+    assert table["p_holm"].tolist() == pytest.approx([3 / 32, 3 / 32, 1.0])
+    assert table["difference"].tolist() == pytest.approx([-0.6, -0.6, 0.0])
+
+
+def test_holm_steps_down_and_never_falls():
+    # As statsmodels.stats.multitest.multipletests(p, method="holm") gives.
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_images_are_joined_by_index_and_radius_counts():
+    shuffled = log([1, 0, 0, 0]).iloc[[2, 0, 3, 1]]
+    table = paired_tests({"a": log([1, 1, 0, 0]), "b": shuffled}, [0.5, 0.75])
+    assert table["only_a"].tolist() == [1, 0]
+    assert table["only_b"].tolist() == [0, 0]
+    with pytest.raises(BenchError, match="different images"):
+        paired_tests({"a": log([1, 1, 0, 0]), "b": log([1, 1, 0])}, [0.5])
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.02, 0.02), (0.2, 0.05), (0.3, 0.3), (0.1, 0.0)])
+@pytest.mark.parametrize("n", [50, 500])
+def test_the_interval_covers(a, b, n):
+    cells = np.random.default_rng(0).multinomial(n, [a, b, 1 - a - b], size=20_000)
+    low, high = paired_difference_interval(cells[:, 0], cells[:, 1], n)
+    assert ((low <= a - b) & (a - b <= high)).mean() > 0.94
+
+
+def test_a_narrower_interval_covers_less():
+    cells = np.random.default_rng(0).multinomial(500, [0.3, 0.3, 0.4], size=20_000)
+    low, high = paired_difference_interval(cells[:, 0], cells[:, 1], 500, confidence=0.8)
+    assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_one_method_has_no_pairs():
+    assert paired_tests({"a": log([1, 0])}, [0.0]).empty
