@@ -3,7 +3,7 @@
     pytest tests/benchmarks --benchmark-only --benchmark-json results.json
 
 Every network runs in full, but the class comes from one noisy pixel, so that p_A is known: it is
-spread as on Cohen's CIFAR-10 log at sigma = 0.5 (quantiles of p_A, 12 images). Both procedures
+spread as on Cohen's CIFAR-10 log at sigma = 0.5 (48 quantiles of its p_A). Both procedures
 certify the same images with the same noise level, alpha and N. The plain procedure is timed on
 `PLAIN_DRAWS` draws per image and scaled to N, since it does the same work for each draw.
 """
@@ -28,7 +28,15 @@ from bench.smoothing.noise import BLOCK, key_tensor, standard_normal
 
 SIGMA, ALPHA, N, STEP = 0.5, 0.001, 100_000, 0.25
 PLAIN_DRAWS = 4000
-P_A = [0.3, 0.45, 0.5, 0.56, 0.68, 0.81, 0.91, 0.962, 0.99, 0.9973, 0.9995, 0.99999]
+# fmt: off
+P_A = [
+    0.27529, 0.33112, 0.37465, 0.39534, 0.42047, 0.45157, 0.47953, 0.49874, 0.50583, 0.52808,
+    0.55581, 0.57408, 0.5884, 0.61266, 0.63439, 0.66189, 0.68203, 0.71352, 0.73176, 0.75097,
+    0.7627, 0.78036, 0.79732, 0.81284, 0.82613, 0.83343, 0.86338, 0.87844, 0.88872, 0.90396,
+    0.91302, 0.92966, 0.94441, 0.95418, 0.96464, 0.97045, 0.97687, 0.98244, 0.98635, 0.98939,
+    0.99225, 0.99571, 0.99708, 0.99822, 0.99918, 0.99958, 0.99981, 0.99988,
+]
+# fmt: on
 CLASSES = 10
 
 
@@ -45,12 +53,12 @@ def small_vit() -> nn.Module:
 
 def vit_s() -> nn.Module:
     return timm.create_model(
-        "vit_small_patch16_224", img_size=64, patch_size=16, in_chans=3, num_classes=CLASSES
+        "vit_small_patch14_dinov2", img_size=56, in_chans=1, num_classes=CLASSES
     )
 
 
-NETWORKS = {"LeNet": (lenet, (1, 28, 28)), "small ViT": (small_vit, (1, 28, 28)),
-            "ViT-S": (vit_s, (3, 64, 64))}  # fmt: skip
+SHAPE = (1, 28, 28)
+NETWORKS = {"LeNet": (lenet, None), "small ViT": (small_vit, None), "ViT-S": (vit_s, 56)}
 
 
 class KnownVotes(Classifier):
@@ -63,10 +71,10 @@ class KnownVotes(Classifier):
 
 
 def setting(name: str) -> tuple[KnownVotes, Tensor]:
-    build, shape = NETWORKS[name]
+    build, input_size = NETWORKS[name]
     torch.manual_seed(0)
-    model = KnownVotes(build(), (0.5,) * shape[0], (0.5,) * shape[0]).eval()
-    images = torch.rand(len(P_A), *shape)
+    model = KnownVotes(build(), (0.5,), (0.5,), input_size).eval()
+    images = torch.rand(len(P_A), *SHAPE)
     images[:, 0, 0, 0] = 0.5 - SIGMA * torch.tensor(norm.ppf(P_A), dtype=torch.float32)
     return model, images
 
@@ -79,8 +87,7 @@ def plain_votes(model: nn.Module, image: Tensor, draws: int, batch: int = 1000) 
         size = min(batch, draws - start)
         copies = image.repeat(size, 1, 1, 1)
         noisy = copies + torch.randn_like(copies) * SIGMA
-        for vote in model(noisy).argmax(1).numpy():
-            counts[vote] += 1
+        counts += np.bincount(model(noisy).argmax(1).numpy(), minlength=CLASSES)
     return counts
 
 
@@ -89,22 +96,26 @@ def plain_seconds(name: str) -> float:
     """Seconds per image of the plain procedure, scaled to its N + 100 draws."""
     model, images = setting(name)
     plain_votes(model, images[0], 1000)
-    chosen = images[::4]
+    chosen = images[::16]
     begin = time.perf_counter()
     for image in chosen:
         plain_votes(model, image, PLAIN_DRAWS)
     return (time.perf_counter() - begin) / len(chosen) * (N + 100) / PLAIN_DRAWS
 
 
-def engine_seconds(name: str, mode: str, n: int, compiled: bool) -> tuple[float, float]:
-    """Seconds and samples per image of the engine."""
+def engine_seconds(name: str, mode: str, n: int, compiled: bool = True) -> tuple[float, float]:
+    """Seconds and samples per image of the engine, its compilation not counted."""
     model, images = setting(name)
     model.for_inference("bfloat16")
+    # What an earlier test compiled would make this one recompile for shapes it never sees.
+    torch.compiler.reset()
     radii = reachable_radii(STEP, SIGMA, N, ALPHA)
     protocol = Protocol(sigma=SIGMA, mode=mode, n=n, alpha=ALPHA, radii=radii, batch_size=512)
     if compiled:
         compile_for_inference(model, images[:1].expand(512, -1, -1, -1).clone())
     ids = list(range(len(images)))
+    if mode == "cohen":  # every image takes the same draws
+        images, ids = images[::4], ids[::4]
     list(certify(model, images[:1], [0], [99], protocol, CLASSES))
     begin = time.perf_counter()
     rows = list(certify(model, images, [0] * len(images), ids, protocol, CLASSES))
@@ -112,20 +123,21 @@ def engine_seconds(name: str, mode: str, n: int, compiled: bool) -> tuple[float,
     return seconds / len(rows), sum(row.samples for row in rows) / len(rows)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_decide_against_the_plain_procedure(benchmark, name, compiled):
+def test_decide_against_the_plain_procedure(benchmark, name):
     plain = plain_seconds(name)
-    seconds, samples = benchmark.pedantic(
-        engine_seconds, args=(name, "decide", N, compiled), rounds=1
-    )
-    fixed, fixed_samples = engine_seconds(name, "cohen", 4000, compiled)
+    seconds, samples = benchmark.pedantic(engine_seconds, args=(name, "decide", N), rounds=1)
+    per_draw = {}
+    for compiled in (False, True):
+        fixed, fixed_samples = engine_seconds(name, "cohen", PLAIN_DRAWS, compiled)
+        per_draw[compiled] = plain / (N + 100) / (fixed / fixed_samples)
     benchmark.extra_info |= {
         "plain_seconds_per_image": plain,
         "seconds_per_image": seconds,
         "samples_per_image": samples,
         "times_faster": plain / seconds,
-        "times_faster_per_draw": plain / (N + 100) / (fixed / fixed_samples),
+        "times_faster_per_draw_eager": per_draw[False],
+        "times_faster_per_draw_compiled": per_draw[True],
     }
 
 
@@ -139,12 +151,12 @@ def test_equal_draws_against_art(benchmark):
     )  # fmt: skip
     for batch in (32, 1000):
         begin = time.perf_counter()
-        estimator.certify(images[8:9].numpy(), n=PLAIN_DRAWS, batch_size=batch)
+        estimator.certify(images[-1:].numpy(), n=PLAIN_DRAWS, batch_size=batch)
         benchmark.extra_info[f"art_draws_per_second_batch_{batch}"] = (PLAIN_DRAWS + 100) / (
             time.perf_counter() - begin
         )
     seconds, samples = benchmark.pedantic(
-        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS, True), rounds=1
+        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS), rounds=1
     )
     best = max(v for k, v in benchmark.extra_info.items() if k.startswith("art_"))
     benchmark.extra_info |= {
@@ -169,7 +181,7 @@ def test_share_of_the_matmul_peak_and_of_the_noise(benchmark):
     model, images = setting("ViT-S")
     flops = inference_flops(model, tuple(images.shape[1:]))
     seconds, samples = benchmark.pedantic(
-        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS, True), rounds=1
+        engine_seconds, args=("ViT-S", "cohen", PLAIN_DRAWS), rounds=1
     )
     keys = key_tensor(range(512 // BLOCK), torch.device("cpu"))
     begin = time.perf_counter()
@@ -187,11 +199,10 @@ def test_share_of_the_matmul_peak_and_of_the_noise(benchmark):
 def test_votes_that_the_batch_shape_flips(benchmark):
     """Rounding differs with the batch's shape: how many votes of the plain network it changes."""
     shares = {}
-    for name, (build, shape) in NETWORKS.items():
+    for name, (build, input_size) in NETWORKS.items():
         torch.manual_seed(0)
-        network = Classifier(build(), (0.5,) * shape[0], (0.5,) * shape[0])
-        network.for_inference("bfloat16")
-        noisy = torch.rand(4096, *shape) + SIGMA * torch.randn(4096, *shape)
+        network = Classifier(build(), (0.5,), (0.5,), input_size).for_inference("bfloat16")
+        noisy = torch.rand(4096, *SHAPE) + SIGMA * torch.randn(4096, *SHAPE)
         small = torch.cat([network(part).argmax(1) for part in noisy.split(64)])
         large = torch.cat([network(part).argmax(1) for part in noisy.split(512)])
         shares[name] = (small != large).float().mean().item()
@@ -227,9 +238,8 @@ def test_memory_does_not_grow_with_draws(benchmark):
 
 
 @pytest.mark.parametrize("mode", ["decide", "cohen", "radius"])
-@pytest.mark.parametrize("n", [1000, 10_000])
-def test_samples_and_seconds_by_mode(benchmark, mode, n):
+def test_samples_and_seconds_by_mode(benchmark, mode):
     seconds, samples = benchmark.pedantic(
-        engine_seconds, args=("small ViT", mode, n, False), rounds=1
+        engine_seconds, args=("small ViT", mode, 10_000, False), rounds=1
     )
     benchmark.extra_info |= {"seconds_per_image": seconds, "samples_per_image": samples}
