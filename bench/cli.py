@@ -153,6 +153,15 @@ def tuning(
 
 
 @app.command()
+def accounting(output: Output) -> None:
+    """Set what each parameterization trains on ViT-B/16 beside published denoisers (CSV)."""
+    from bench.accounting import build_accounting
+
+    for line in build_accounting(output):
+        typer.echo(line)
+
+
+@app.command()
 def figures(
     experiment: ExperimentFile,
     tables: Annotated[Path, typer.Option(help="Folder of the tables.")],

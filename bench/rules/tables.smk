@@ -52,6 +52,27 @@ rule tables:
         " {params.logs} {params.costs} > {log} 2>&1"
 
 
+rule accounting:
+    input:
+        code=code_of(
+            "bench/accounting.py",
+            "bench/parameterization_settings.py",
+            "bench/parameterizations",
+        ),
+    output:
+        report(
+            f"{TABLES}/accounting.csv",
+            category="Tables",
+            caption="../report/accounting.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/accounting.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/accounting.tsv"
+    shell:
+        "python -m bench accounting --output {output} 2>&1 | tee {log}"
+
+
 rule compare_published:
     input:
         accuracy=rules.tables.output.certified_accuracy,
