@@ -294,6 +294,13 @@ class TuningSettings(Settings):
     learning_rates: list[PositiveFloat] = Field(min_length=1)
 
 
+class FigureSettings(Settings):
+    """How the figures show accuracy against cost."""
+
+    radius: NonNegativeFloat = 0.25
+    join_families: bool = False
+
+
 class Experiment(Settings):
     """Everything that defines an experiment's numbers."""
 
@@ -309,6 +316,7 @@ class Experiment(Settings):
     training: TrainingSettings
     certification: CertificationSettings
     tuning: TuningSettings
+    figures: FigureSettings = FigureSettings()
     methods: dict[Name, Method] = Field(min_length=1)
 
     @field_validator("sigmas", "seeds")

@@ -28,7 +28,6 @@ STYLE: dict[Any, Any] = {
 HUES = ["Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
-SCATTER_RADIUS = 0.25
 PUBLISHED_LABEL = "published (other networks, N = 100,000)"
 
 
@@ -86,7 +85,7 @@ def draw_figures(
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         _save(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
-        points = _at_radius(accuracy, cost)
+        points = _at_radius(accuracy, cost, experiment.figures.radius)
         parameters = "trained parameters, head included"
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
         _save(figure, folder / "accuracy_vs_parameters")
@@ -141,9 +140,9 @@ def _curves(
     return figure
 
 
-def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
-    """Certified accuracy at the grid radius nearest SCATTER_RADIUS, joined with the costs."""
-    nearest = (accuracy["radius"] - SCATTER_RADIUS).abs()
+def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame, radius: float) -> pd.DataFrame:
+    """Certified accuracy at the grid radius nearest `radius`, joined with the costs."""
+    nearest = (accuracy["radius"] - radius).abs()
     kept = accuracy[nearest == nearest.groupby(accuracy["sigma"]).transform("min")]
     columns = ["method", "sigma", "seed"]
     return kept.merge(cost.drop(columns=["label", "family"]), on=columns)
@@ -161,7 +160,10 @@ def _scatter(
     positive = points.loc[points[column] > 0, column]
     start = positive.min() / 5 if len(positive) else 1.0
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
-        for row in points[points["sigma"] == sigma].to_dict("records"):
+        part = points[points["sigma"] == sigma]
+        if experiment.figures.join_families:
+            _join_families(axis, part.assign(x=part[column].clip(lower=start)), look)
+        for row in part.to_dict("records"):
             colour, marker = look.colour[row["method"]], look.marker(row["method"])
             y = 100 * row["value"]
             error = [[y - 100 * row["low"]], [100 * row["high"] - y]]
@@ -172,8 +174,17 @@ def _scatter(
         axis.set(xscale="log", xlabel=xlabel, ylim=(0, 100))
         axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
         axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
-    axes[0].set_ylabel(f"certified accuracy at r = {SCATTER_RADIUS} (%)")
+    axes[0].set_ylabel(f"certified accuracy at r = {experiment.figures.radius:g} (%)")
     return figure
+
+
+def _join_families(axis: Axes, points: pd.DataFrame, look: Look) -> None:
+    """A line through the members of each family, in order of `x`; seeds are averaged."""
+    means = points.groupby(["family", "method"], sort=False, as_index=False)[["x", "value"]].mean()
+    for _, members in means.groupby("family", sort=False):
+        members = members.sort_values("x")
+        colour = look.colour[members["method"].iloc[0]]
+        axis.plot(members["x"], 100 * members["value"], color=colour, linewidth=1, zorder=1)
 
 
 def _save(figure: Figure, stem: Path) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.config import Experiment, Method
+from bench.config import Experiment, FigureSettings, Method
 from bench.errors import BenchError
-from bench.figures import PUBLISHED_LABEL, Look, draw_figures
+from bench.figures import PUBLISHED_LABEL, Look, _at_radius, _join_families, draw_figures
 from bench.statistics import accuracy_interval
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
@@ -91,6 +91,35 @@ def test_published_curves_only_where_there_are_any(
     pattern = re.compile(re.escape(f"<!-- {PUBLISHED_LABEL} -->"))
     assert len(pattern.findall((drawn / name).read_text())) == 1
     assert not pattern.findall((tmp_path / name).read_text())
+
+
+def test_costs_are_shown_at_the_radius_of_the_experiment(tables: Path) -> None:
+    accuracy = pd.read_csv(tables / "certified_accuracy.csv")
+    points = _at_radius(accuracy, pd.read_csv(tables / "cost.csv"), 0.5)
+    assert points["radius"].unique().tolist() == [0.5]
+    assert len(points) == accuracy.groupby(["method", "sigma"]).ngroups
+
+
+def test_lines_join_each_family_in_order_of_cost() -> None:
+    rows = [("c", "big", 900, 0.7), ("a", "big", 10, 0.5), ("b", "big", 90, 0.6)]
+    rows += [("a", "big", 10, 0.3), ("alone", "small", 40, 0.2)]
+    points = pd.DataFrame(rows, columns=["method", "family", "x", "value"])
+    look = Look(points.assign(label=points["method"]))
+    figure, axis = plt.subplots()
+    _join_families(axis, points, look)
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+    plt.close(figure)
+    assert lines == [([10, 90, 900], [40, 60, 70]), ([40], [20])]
+
+
+def test_families_are_joined_only_where_the_experiment_says_so(
+    drawn: Path, tables: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    joined = experiment.model_copy(update={"figures": FigureSettings(join_families=True)})
+    draw_figures(joined, tables, PUBLISHED, tmp_path)
+    for name, changes in (("certified_accuracy", False), ("accuracy_vs_parameters", True)):
+        pair = [(folder / f"{name}.svg").read_text() for folder in (drawn, tmp_path)]
+        assert (pair[0] != pair[1]) == changes
 
 
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ rule figures:
         f"{RESULTS}/benchmarks/figures.tsv"
     params:
         experiment=EXPERIMENT_FILE,
+        settings=EXPERIMENT.figures.model_dump(),
         tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
         published=published_option,
         folder=lambda wildcards, output: os.path.dirname(output.curves[0]),
