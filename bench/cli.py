@@ -145,7 +145,7 @@ def tuning(
     output: Output,
     training: Annotated[list[Path], typer.Option(help="training.json of a trial; repeat.")],
 ) -> None:
-    """Pick each method's learning rate: the highest validation accuracy under noise."""
+    """Pick each method's learning rate and size: the highest validation accuracy under noise."""
     from bench.tables import build_tuning
 
     for advice in build_tuning(load_experiment(experiment), training, output):

@@ -1,6 +1,7 @@
 """The experiment file as typed models; the JSON schema comes from them."""
 
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -211,6 +212,7 @@ class Method(Settings):
     learning_rate: PositiveFloat | None = None
     training: TrainingOverrides = TrainingOverrides()
     settings: dict[str, Scalar] = Field(default_factory=dict)
+    grid: dict[str, Annotated[list[int | float], Field(min_length=1)]] = Field(default_factory=dict)
 
     @property
     def trains(self) -> bool:
@@ -226,6 +228,42 @@ class Method(Settings):
         if self.settings and self.baseline is None:
             raise ValueError("settings belong to a baseline: set `baseline` or remove them")
         return self
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> "Method":
+        if self.grid and not self.trains:
+            raise ValueError("grid is given, but a frozen method trains nothing")
+        for key, values in self.grid.items():
+            for value in values:
+                try:
+                    self.with_values({key: value})
+                except ValueError as error:
+                    raise ValueError(f"grid.{key}: {value} does not fit: {error}") from None
+        return self
+
+    def with_values(self, values: dict[str, int | float]) -> "Method":
+        """The method with another `learning_rate`, or other keys of what it trains.
+
+        A key of the baseline's `settings`, where those have it, is meant there; else one of the
+        parameterization.
+
+        Raises:
+            ValueError: a key does not exist there, or its value does not fit.
+        """
+        rest = dict(values)
+        changed: dict[str, Any] = {}
+        if "learning_rate" in rest:
+            changed["learning_rate"] = float(rest.pop("learning_rate"))
+            if changed["learning_rate"] <= 0:
+                raise ValueError("learning_rate must be above 0")
+        own = {key: rest.pop(key) for key in list(rest) if key in self.settings}
+        changed["settings"] = {**self.settings, **own}
+        kind, now = type(self.parameterization), self.parameterization.model_dump()
+        try:
+            changed["parameterization"] = kind.model_validate({**now, **rest})
+        except ValidationError as error:
+            raise ValueError("; ".join(item["msg"] for item in error.errors())) from None
+        return self.model_copy(update=changed)
 
 
 PRESETS: dict[str, dict[str, int | float]] = {
@@ -288,10 +326,15 @@ class CertificationSettings(Settings):
 
 
 class TuningSettings(Settings):
-    """One rule for all: the highest validation accuracy under noise of this sigma."""
+    """One rule for all: the highest validation accuracy under noise of this sigma.
+
+    `training` is the budget of a trial, the same for every method; a grid of the method's own
+    replaces `learning_rates` or adds keys of its size.
+    """
 
     sigma: PositiveFloat
     learning_rates: list[PositiveFloat] = Field(min_length=1)
+    training: TrainingOverrides = TrainingOverrides()
 
 
 class FigureSettings(Settings):
@@ -373,33 +416,42 @@ class Experiment(Settings):
         ]
 
     def point(self, name: str) -> Method:
-        """The method `name`, or its trial with another learning rate, `NAME__lr_RATE`.
+        """The method `name`, or its trial with other values, `NAME__lr_RATE[__KEY_VALUE...]`.
 
         Raises:
-            BenchError: the experiment has no such method.
+            BenchError: the experiment has no such method, or its kind no such value.
         """
-        method, _, rate = name.partition(TRIAL)
+        method = name.partition(TRIAL)[0]
         if method not in self.methods:
             known = ", ".join(self.methods)
             raise BenchError(f"methods.{method} does not exist in {self.name}; it has {known}")
-        update = {"learning_rate": float(rate)} if rate else {}
-        return self.methods[method].model_copy(update=update)
+        try:
+            return self.methods[method].with_values(split_trial(name)[1])
+        except ValueError as error:
+            raise BenchError(f"{name} is no trial of methods.{method}: {error}") from None
 
     def trials(self) -> list[str]:
-        """Every trained method with every learning rate that tuning tries."""
-        rates = self.tuning.learning_rates
-        trained = [name for name, method in self.methods.items() if method.trains]
-        return [f"{name}{TRIAL}{rate:g}" for name in trained for rate in rates]
+        """Every trained method with every learning rate and size that tuning tries."""
+        found = []
+        for name, method in self.methods.items():
+            sizes = {key: values for key, values in method.grid.items() if key != "learning_rate"}
+            rates = method.grid.get("learning_rate", self.tuning.learning_rates)
+            for rate, *size in product(rates if method.trains else [], *sizes.values()):
+                parts = [f"{key}_{value}" for key, value in zip(sizes, size, strict=True)]
+                found.append("__".join([f"{name}{TRIAL}{rate:g}", *parts]))
+        return found
 
     def method_training(self, method: str) -> TrainingSettings:
-        """`training` with the method's overrides."""
+        """`training` with the method's overrides; in a trial, then with those of `tuning`."""
         overrides = self.point(method).training.model_dump(exclude_none=True)
+        if TRIAL in method:
+            overrides |= self.tuning.training.model_dump(exclude_none=True)
         return self.training.model_copy(update=overrides)
 
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
         """Hash of the settings that define one model folder (labels do not)."""
         chosen = self.point(method)
-        labels = {"label", "family", "sigmas", "published"}
+        labels = {"label", "family", "sigmas", "published", "grid"}
         point = chosen.model_dump(exclude={*labels, "training", "objective"})
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
@@ -409,6 +461,17 @@ class Experiment(Settings):
         """Hash of the settings that define one certification, the model's own aside."""
         settings = self.certification.model_dump()
         return sha256_json([self.data.name, self.radius_step, settings, sigma, seed])
+
+
+def split_trial(name: str) -> tuple[str, dict[str, int | float]]:
+    """The method of a trial and the values that it tries; a method itself tries none."""
+    method, found, rest = name.partition(TRIAL)
+    if not found:
+        return method, {}
+    rate, *sizes = rest.split("__")
+    pairs = [size.rpartition("_")[::2] for size in sizes]
+    values = {key: float(text) for key, text in [("learning_rate", rate), *pairs]}
+    return method, {key: int(v) if v.is_integer() else v for key, v in values.items()}
 
 
 def sigma_text(sigma: float) -> str:

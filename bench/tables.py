@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.config import TRIAL, Experiment
+from bench.config import Experiment, split_trial
 from bench.errors import BenchError
 from bench.files import atomic_write, read_json
 from bench.paired import PAIR, paired_tests
@@ -180,26 +180,42 @@ def leaderboard(curves: pd.DataFrame) -> str:
 
 
 def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> list[str]:
-    """Write the learning-rate curves with their picks; return what the experiment should record.
+    """Write every trial with the picks; return what the experiment should record.
 
     The rule for every method: the highest accuracy on the validation split under one noise draw
-    per image at `tuning.sigma`, the smaller rate on ties.
+    per image at `tuning.sigma`, the smaller size, then the smaller rate, on ties.
     """
-    rows = []
-    for report in map(read_json, reports):
-        method, _, rate = report["method"].partition(TRIAL)
-        named = _named(experiment, {**report, "method": method})
-        accuracy = report["validation_accuracy"]
-        rows.append({**named, "learning_rate": float(rate), "validation_accuracy": accuracy})
-    table = pd.DataFrame(rows).sort_values(["method", "learning_rate"], ignore_index=True)
+    rows = sorted(map(read_json, reports), key=lambda report: _trial_order(report["method"]))
+    table = pd.DataFrame([_trial_row(experiment, report) for report in rows])
     best = table.groupby("method")["validation_accuracy"].idxmax()
     table["picked"] = table.index.isin(best)
-    recorded = {name: method.learning_rate for name, method in experiment.methods.items()}
-    table["recorded"] = table["learning_rate"] == table["method"].map(recorded)
+    points = [experiment.point(report["method"]) for report in rows]
+    table["recorded"] = [
+        point == experiment.methods[name]
+        for point, name in zip(points, table["method"], strict=True)
+    ]
     with atomic_write(output) as temporary:
         table.to_csv(temporary, index=False)
     picks = table[table["picked"] & ~table["recorded"]]
     return [
         f"record methods.{row.method}.learning_rate: {row.learning_rate:.3e}"
+        + (f" and {row.size}" if row.size else "")
         for row in picks.itertuples()
     ] or ["the experiment file records every pick"]
+
+
+def _trial_order(name: str) -> tuple[str, list[float], float]:
+    method, values = split_trial(name)
+    rate = values.pop("learning_rate")
+    return method, list(values.values()), rate
+
+
+def _trial_row(experiment: Experiment, report: dict[str, Any]) -> dict[str, Any]:
+    method, values = split_trial(report["method"])
+    rate = values.pop("learning_rate")
+    return {
+        **_named(experiment, {**report, "method": method}),
+        "size": ", ".join(f"{key} = {value:g}" for key, value in values.items()),
+        "learning_rate": float(rate),
+        "validation_accuracy": report["validation_accuracy"],
+    }

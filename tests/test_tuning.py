@@ -1,12 +1,25 @@
 """One rule picks every learning rate, on the validation split."""
 
+import copy
 import json
 
 import pandas as pd
 import pytest
 
+from bench.config import parse_experiment
 from bench.errors import BenchError
 from bench.tables import build_tuning
+
+
+@pytest.fixture
+def with_grids(smoke_values):
+    """The smoke experiment with sizes to tune and a budget for tuning."""
+    values = copy.deepcopy(smoke_values)
+    values["methods"]["lora"]["grid"] = {"r": [4, 8]}
+    values["methods"]["adapter"]["grid"] = {"learning_rate": [0.1], "bottleneck": [8, 16, 32]}
+    values["methods"]["denoised_smoothing_mse"]["grid"] = {"width": [8, 16]}
+    values["tuning"]["training"] = {"images": 128}
+    return parse_experiment(values, "mine.yaml")
 
 
 def reports(folder, experiment, accuracies):
@@ -45,6 +58,9 @@ def test_a_trial_differs_from_its_method_in_the_learning_rate_alone(smoke):
     assert same == smoke.methods["lora"]
     with pytest.raises(BenchError, match=r"methods\.nothing does not exist"):
         smoke.point("nothing__lr_0.1")
+    for trial in ("lora__lr_fast", "lora__lr_0.1__rank_4", "lora__lr_0.1__r_0"):
+        with pytest.raises(BenchError, match=r"is no trial of methods\.lora"):
+            smoke.point(trial)
 
 
 def test_every_trained_method_is_tried_with_every_rate(smoke):
@@ -52,3 +68,68 @@ def test_every_trained_method_is_tried_with_every_rate(smoke):
     trained = [name for name, method in smoke.methods.items() if method.trains]
     assert "undefended" not in trained
     assert len(set(trials)) == len(trained) * len(smoke.tuning.learning_rates)
+
+
+def test_a_grid_of_its_own_crosses_sizes_with_the_rates(with_grids, smoke):
+    trials = with_grids.trials()
+    assert [t for t in trials if t.startswith("lora")] == [
+        "lora__lr_0.001__r_4",
+        "lora__lr_0.001__r_8",
+        "lora__lr_0.003__r_4",
+        "lora__lr_0.003__r_8",
+    ]
+    bottlenecks = [f"adapter__lr_0.1__bottleneck_{width}" for width in (8, 16, 32)]
+    assert [t for t in trials if t.startswith("adapter")] == bottlenecks
+    assert with_grids.point("adapter__lr_0.1__bottleneck_32").parameterization.bottleneck == 32
+    denoiser = with_grids.point("denoised_smoothing_mse__lr_0.001__width_16")
+    assert denoiser.settings == {"depth": 3, "width": 16, "objective": "mse"}
+    untouched = [t for t in trials if t.startswith("full_finetuning")]
+    assert untouched == [t for t in smoke.trials() if t.startswith("full_finetuning")]
+
+
+def test_every_trial_has_the_budget_of_tuning_and_no_method_changes(with_grids, smoke):
+    assert {with_grids.method_training(trial).images for trial in with_grids.trials()} == {128}
+    small = with_grids.method_training("denoised_smoothing_mse__lr_0.001__width_8")
+    assert small.batch_size == 64  # not a matter of budget: the method's own
+    for name in ("lora", "adapter", "gaussian_retraining_full"):
+        assert with_grids.method_training(name) == smoke.method_training(name)
+        where = (name, 0.5, 0)
+        assert with_grids.training_fingerprint(*where) == smoke.training_fingerprint(*where)
+    fingerprints = {with_grids.training_fingerprint(t, 0.5, 0) for t in with_grids.trials()}
+    assert len(fingerprints) == len(with_grids.trials())
+
+
+def test_size_and_rate_are_picked_together_and_ties_go_to_the_smaller_size(with_grids, tmp_path):
+    found = {
+        ("lora", "0.001__r_8"): 0.8,
+        ("lora", "0.003__r_8"): 0.9,
+        ("lora", "0.001__r_4"): 0.7,
+        ("lora", "0.003__r_4"): 0.6,
+        ("adapter", "0.1__bottleneck_16"): 0.6,
+        ("adapter", "0.1__bottleneck_8"): 0.6,
+        ("adapter", "0.1__bottleneck_32"): 0.5,
+    }
+    advice = build_tuning(with_grids, reports(tmp_path, with_grids, found), tmp_path / "t.csv")
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert len(table) == len(found)
+    picked = table[table["picked"]].set_index("method")
+    assert picked["size"].to_dict() == {"lora": "r = 8", "adapter": "bottleneck = 8"}
+    assert picked["recorded"].to_dict() == {"lora": True, "adapter": False}
+    assert advice == ["record methods.adapter.learning_rate: 1.000e-01 and bottleneck = 8"]
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "named"),
+    [
+        ("lora", {"rank": [4]}, r"methods\.lora: .*grid\.rank: 4 does not fit: Extra inputs"),
+        ("lora", {"r": [4, 0]}, r"methods\.lora: .*grid\.r: 0 does not fit: .*greater than 0"),
+        ("lora", {"r": []}, r"methods\.lora\.grid\.r: .*at least 1"),
+        ("lora", {"learning_rate": [0.0]}, r"grid\.learning_rate: 0\.0 .*above 0"),
+        ("undefended", {"r": [4]}, r"methods\.undefended: .*trains nothing"),
+    ],
+)
+def test_a_grid_that_fits_nothing_is_named(smoke_values, method, grid, named):
+    values = copy.deepcopy(smoke_values)
+    values["methods"][method]["grid"] = grid
+    with pytest.raises(BenchError, match=named):
+        parse_experiment(values, "mine.yaml")

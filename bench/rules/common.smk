@@ -30,7 +30,7 @@ MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SIGMAS = [sigma_text(sigma) for sigma in EXPERIMENT.sigmas]
 NEVER = r"(?!)"
-TRIAL_PATTERN = rf"({TRIAL}[-+.e0-9]+)?"
+TRIAL_PATTERN = rf"({TRIAL}[-+.e0-9]+(__[a-z_]+_[-+.e0-9]+)*)?"
 
 
 def methods_of(baseline):
