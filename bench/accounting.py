@@ -27,7 +27,7 @@ BACKBONE = BackboneSettings(timm="vit_base_patch16_224")
 WIDTH, DEPTH = 768, 12
 CLASSES = {"cifar10": 10, "imagenet": 1000}
 # Beside every kind at its defaults: the sizes that published ViT results use.
-SIZES: list[Settings] = [
+SIZES: list[Parameterization] = [
     *(VptShallow(kind="vpt_shallow", prompts=count) for count in (5, 50)),
     *(VptDeep(kind="vpt_deep", prompts=count) for count in (1, 5, 50)),
     *(Adapter(kind="adapter", bottleneck=width) for width in (8, 64)),
@@ -104,8 +104,8 @@ def trained_sizes() -> pd.DataFrame:
     """One row per kind and size; `counted` tells what was built from what a formula gives."""
     kinds = [kind for kind in get_args(get_args(Parameterization)[0]) if kind is not Frozen]
     names = [get_args(kind.model_fields["kind"].annotation)[0] for kind in kinds]
-    every = [kind(kind=name) for kind, name in zip(kinds, names, strict=True)] + SIZES
-    every.sort(key=lambda settings: names.index(settings.kind))
+    defaults = [kind(kind=name) for kind, name in zip(kinds, names, strict=True)]
+    every = sorted([*defaults, *SIZES], key=lambda size: names.index(size.kind))
     rows = [(s.kind, _spelled(s), "built", trainable_without_head(s)) for s in every]
     rows += [
         ("lora", f"r={rank}, of q and v alone", "formula", lora_query_value_parameters(rank))

@@ -258,7 +258,8 @@ class Method(Settings):
                 raise ValueError("learning_rate must be above 0")
         own = {key: rest.pop(key) for key in list(rest) if key in self.settings}
         changed["settings"] = {**self.settings, **own}
-        kind, now = type(self.parameterization), self.parameterization.model_dump()
+        kind = type(self.parameterization)
+        now = self.parameterization.model_dump(exclude_unset=True)
         try:
             changed["parameterization"] = kind.model_validate({**now, **rest})
         except ValidationError as error:

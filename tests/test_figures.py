@@ -107,9 +107,9 @@ def test_lines_join_each_family_in_order_of_cost() -> None:
     look = Look(points.assign(label=points["method"]))
     figure, axis = plt.subplots()
     _join_families(axis, points, look)
-    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines()]
+    lines = [line.get_xydata().round(6).tolist() for line in axis.get_lines()]
     plt.close(figure)
-    assert lines == [([10, 90, 900], [40, 60, 70]), ([40], [20])]
+    assert lines == [[[10, 40], [90, 60], [900, 70]], [[40, 20]]]
 
 
 def test_families_are_joined_only_where_the_experiment_says_so(
