@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from safetensors.torch import load_file
 
-from baselines.black_box.prompts import ConstantPrompt, Coordinator, cosine_basis, shrink, wiener
+from baselines.black_box.prompts import ConstantPrompt, Coordinator, wiener
 from baselines.black_box.search import Prompted, Search, score_loss
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.black_box.spsa import GradientCorrection, directions, spsa_gradient
@@ -31,7 +31,6 @@ from bench.remote import (
     BudgetSpent,
     Description,
     Ledger,
-    RemoteClassifier,
     RemoteModel,
     WireArray,
     as_scores,
@@ -117,7 +116,7 @@ def search(box: Recorder, rate: float = 0.03, **settings) -> tuple[Search, Promp
 @pytest.mark.parametrize("access", ["logits", "probabilities", "top1"])
 def test_queries_teach_a_prompt_whatever_is_shown(access):
     box = Recorder(shifted(0.85), access)
-    found, _ = search(box, rate=0.1 if access == "top1" else 0.003)
+    found, _ = search(box, rate=0.01, queries=20_000, averages=1)
     progress = found.run()
     assert progress.checks[0]["validation_accuracy"] < 0.75
     assert progress.best_accuracy > 0.95
@@ -152,29 +151,26 @@ def test_both_evaluations_of_a_pair_see_the_same_noise():
 
 
 def test_a_divergence_goes_back_to_the_best_weights_and_is_recorded():
-    found, model = search(Recorder(shifted(0.5)), rate=1e4, queries=4032, checks=8)
+    found, model = search(Recorder(shifted(0.5)), rate=1e6, queries=4032, checks=8)
     progress = found.run()
     assert progress.checks[0]["validation_accuracy"] == progress.best_accuracy == 1.0
     assert progress.checks[1]["validation_accuracy"] == 0.5
     assert "fell from 1.0 to 0.5" in progress.divergences[0]["reason"]
-    assert progress.divergences[0]["learning_rate"] == 5e3
+    assert progress.divergences[0]["learning_rate"] == 5e5
     assert not model.prompt.prompt.any()
 
 
 def test_a_loss_that_is_not_finite_never_reaches_the_weights():
     def broken(pixels):
-        return shifted(0.85)(pixels) / (pixels.mean() > -10) * (float("nan") if late() else 1)
+        # The first call is a check, and each step makes four: these two are in the fifth.
+        return shifted(0.85)(pixels) * (float("nan") if len(box.asked) in (20, 21) else 1)
 
     box = Recorder(broken)
-
-    def late():
-        return len(box.asked) in (20, 21)
-
     found, model = search(box, rate=0.003)
     progress = found.run()
     assert [event["reason"] for event in progress.divergences] == ["loss is not finite"]
     assert torch.isfinite(model.prompt.prompt).all()
-    assert progress.best_accuracy > 0.75
+    assert progress.best_accuracy >= progress.checks[0]["validation_accuracy"]
 
 
 def test_losses_are_those_of_what_is_shown():
@@ -193,13 +189,13 @@ def test_the_coordinator_starts_as_the_identity_with_decorrelated_maps():
     coordinator.calibrate(noisy)
     assert torch.equal(coordinator(noisy), noisy)
     changes = coordinator.changes(noisy)
-    maps = torch.einsum("ij,bjhw->bihw", coordinator.whitening, changes).movedim(1, 0).flatten(1)
-    moments = maps @ maps.T / maps.shape[1]
-    assert (moments - moments.diag().diag()).abs().max() < 0.1
-    assert moments.diag().max() < 1.01
-    basis = cosine_basis(8).flatten(1)
-    assert torch.allclose(basis @ basis.T, torch.eye(64), atol=1e-5)
-    assert torch.allclose(shrink(noisy, cosine_basis(4), 0.0), noisy, atol=1e-5)
+    mixed = torch.einsum("ij,bjhw->bihw", coordinator.whitening, changes)
+    highest = []
+    for maps in (changes, mixed):
+        correlation = torch.corrcoef(maps.movedim(1, 0).flatten(1))
+        highest.append((correlation - torch.eye(len(correlation))).abs().max())
+    assert highest[0] > 0.9
+    assert highest[1] < 0.4
     assert torch.allclose(wiener(noisy, 3, 0.0), noisy, atol=1e-5)
 
 
@@ -226,13 +222,18 @@ def test_every_bit_survives_the_wire():
         WireArray(dtype="float32", shape=[1, 6], data="AAAA")
 
 
+class Toy(torch.nn.Module):
+    """`shifted(0.5)` as a module."""
+
+    mean = torch.zeros(1)
+
+    def forward(self, pixels):
+        return shifted(0.5)(pixels)
+
+
 def toy_app(access="logits") -> FastAPI:
-    classifier = RemoteClassifier.__new__(RemoteClassifier)
-    torch.nn.Module.__init__(classifier)
-    classifier.mean = torch.zeros(1)
-    classifier.forward = shifted(0.5)
     described = Description(model="toy", access=access, classes=2, channels=1, max_batch=4)
-    return create_app(classifier, described)
+    return create_app(Toy(), described)
 
 
 class Faulty:
@@ -284,7 +285,7 @@ FAULTS = ("busy", "broken", "garbled", "part", "cut", "silent")
 def test_failed_requests_are_repeated_and_counted_where_they_may_have_been_answered():
     pixels = torch.rand(6, 1, 8, 8)
     with served(Faulty(toy_app(), FAULTS)) as url:
-        settings = RemoteSettings(url=url, timeout=0.5, attempts=7)
+        settings = RemoteSettings(url=url, timeout=2, attempts=7)
         remote = RemoteModel(settings, wait=AT_ONCE)
         answers = remote(pixels)
     assert torch.equal(answers, shifted(0.5)(pixels))
@@ -325,9 +326,9 @@ def test_what_does_not_fit_is_refused_in_words():
 
 @pytest.fixture
 def job(smoke_values, tmp_path) -> BaselineJob:
-    """A tiny job on random images, its base untrained."""
+    """A tiny job on random images, its base random but lively, so that prompts change answers."""
     values = json.loads(json.dumps(smoke_values))
-    settings = {"queries": 640, "checks": 1, "averages": 1}
+    settings = {"queries": 1280, "checks": 4, "averages": 1}
     values["methods"]["black_box"] |= {"settings": settings, "training": {"batch_size": 16}}
     experiment = parse_experiment(values, "test")
     generator = torch.Generator().manual_seed(0)
@@ -336,13 +337,15 @@ def job(smoke_values, tmp_path) -> BaselineJob:
     data = Data("fashion_mnist", 10, (1, 28, 28), "hash", split, split, split)
     torch.manual_seed(0)
     base = create_classifier(experiment.backbone, 10, 1)
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     identity = base_identity(experiment)
     save_model(
         tmp_path / "base", base, spec_of(experiment, data), identity, {"training_flops": 0}, {}
     )
     device = torch.device("cpu")
     return BaselineJob(
-        experiment, "black_box", 0.5, 0, tmp_path / "local", 0.01, tmp_path / "base", data, device
+        experiment, "black_box", 0.5, 0, tmp_path / "local", 0.03, tmp_path / "base", data, device
     )
 
 
@@ -376,8 +379,11 @@ def test_training_against_a_server_is_training_against_the_folder(job):
         assert any(far[name].any() for name in trained)
         assert certificates(remote.output, job) == certificates(job.output, job)
     for output in (job.output, remote.output):
-        assert read_json(output / "cost.json")["queries"] == 640
-        assert read_json(output / "training.json")["ended"] == "all planned steps done"
+        # 5 checks of 64 images, and 30 steps of 2 x 16.
+        assert read_json(output / "cost.json")["queries"] == 5 * 64 + 30 * 32 == 1280
+    reports = [read_json(j.output / "training.json") for j in (job, remote)]
+    for key in ("loss_curve", "checks", "divergences", "ended"):
+        assert reports[0][key] == reports[1][key]
 
 
 def test_the_folder_holds_the_prompted_black_box(job):
@@ -391,4 +397,4 @@ def test_the_folder_holds_the_prompted_black_box(job):
     assert load_classifier(constant.output).denoiser.prompt.shape == (1, 28, 28)
     cost = read_json(constant.output / "cost.json")
     assert cost["trainable_parameters"] == 28 * 28
-    assert cost["queries"] <= 640
+    assert cost["queries"] == 5 * 64 + 15 * 2 * 32

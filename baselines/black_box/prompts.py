@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLURS = (0.6, 0.9, 1.3, 2.0)
-WINDOWS = (3, 5)
-TRANSFORMS = (4, 8)
-THRESHOLD = 3.0
+WINDOWS = (3, 5, 7)
 SMALLEST = 1e-4
 
 
@@ -32,8 +30,8 @@ class Coordinator(nn.Module):
     """A prompt from the noisy image: a frozen encoder and a trained decoder that starts at zero.
 
     The encoder knows sigma, which is the user's own choice, and nothing of the black box: it
-    estimates the clean image by blurs, local Wiener filters and sliding cosine transforms, and
-    hands on what each would change. The decoder is one 3x3 convolution.
+    estimates the clean image by blurs and local Wiener filters, and hands on what each would
+    change. The decoder mixes these maps, one weight each: SPSA learns few weights well.
     """
 
     whitening: Tensor
@@ -41,11 +39,10 @@ class Coordinator(nn.Module):
     def __init__(self, channels: int, height: int, width: int, sigma: float) -> None:
         super().__init__()
         self.sigma = sigma
-        maps = channels * (len(BLURS) + len(WINDOWS) + len(TRANSFORMS))
+        maps = channels * (len(BLURS) + len(WINDOWS))
         self.blurs = [gaussian(std) for std in BLURS]
-        self.transforms = [cosine_basis(side) for side in TRANSFORMS]
         self.register_buffer("whitening", torch.eye(maps))
-        self.decoder = nn.Conv2d(maps, channels, 3, padding=1)
+        self.decoder = nn.Conv2d(maps, channels, 1)
         nn.init.zeros_(self.decoder.weight)
         nn.init.zeros_(self.decoder.bias)  # type: ignore[arg-type]
 
@@ -73,7 +70,6 @@ class Coordinator(nn.Module):
         planes = noisy.flatten(0, 1)[:, None]
         estimates = [convolve(planes, kernel) for kernel in self.blurs]
         estimates += [wiener(planes, side, self.sigma) for side in WINDOWS]
-        estimates += [shrink(planes, basis, self.sigma) for basis in self.transforms]
         # Clean pixels lie in [0, 1], so an estimate may be clamped where the noise may not.
         stacked = torch.cat(estimates, 1).clamp(0, 1) - planes
         return stacked.view(len(noisy), -1, *noisy.shape[2:])
@@ -99,22 +95,3 @@ def wiener(planes: Tensor, side: int, sigma: float) -> Tensor:
     mean = convolve(planes, box)
     variance = (convolve(planes**2, box) - mean**2).clamp(min=1e-6)
     return mean + (1 - sigma**2 / variance).clamp(min=0) * (planes - mean)
-
-
-def cosine_basis(side: int) -> Tensor:
-    """The orthonormal cosine transform of side x side patches, `(side^2, 1, side, side)`."""
-    points = torch.arange(side)
-    rows = torch.cos(math.pi / side * (points + 0.5) * points[:, None]) * math.sqrt(2 / side)
-    rows[0] /= math.sqrt(2)
-    return torch.einsum("ai,bj->abij", rows, rows).reshape(side**2, 1, side, side)
-
-
-def shrink(planes: Tensor, basis: Tensor, sigma: float) -> Tensor:
-    """Coefficients of every patch below 3 sigma set to zero, the overlaps averaged."""
-    side, basis = basis.shape[-1], basis.to(planes)
-    padded = F.pad(planes, (side - 1,) * 4, mode="reflect")
-    coefficients = F.conv2d(padded, basis)
-    keep = coefficients.abs() > THRESHOLD * sigma
-    keep[:, 0] = True
-    summed = F.conv_transpose2d(coefficients * keep, basis)
-    return summed[:, :, side - 1 : 1 - side, side - 1 : 1 - side] / side**2

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.black_box.spsa import GradientCorrection, spsa_gradient
@@ -90,7 +90,7 @@ class Search:
         self.device = self.parameters[0].device
         self.noise = Generator(self.device).manual_seed(seed)
         self.directions = Generator().manual_seed(seed + DIRECTIONS)
-        self.progress = Progress(best=parameters_to_vector(self.parameters).detach().clone())
+        self.progress = Progress(best=parameters_to_vector(self.parameters).detach().cpu())
 
     @property
     def steps(self) -> int:
@@ -141,7 +141,9 @@ class Search:
         self.model.prompt.calibrate(add_noise(images, self.sigma, noise))  # type: ignore[operator]
 
     def _fill(self, weights: Tensor) -> None:
-        vector_to_parameters(weights.to(self.device), self.parameters)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, part in zip(self.parameters, weights.split(sizes), strict=True):
+            parameter.copy_(part.view_as(parameter))
 
     def _step(self, weights: Tensor, positions: Tensor, step: int) -> Tensor:
         images = self.data.train.batch(positions).to(self.device)
