@@ -326,23 +326,25 @@ def test_what_does_not_fit_is_refused_in_words():
 
 @pytest.fixture
 def job(smoke_values, tmp_path) -> BaselineJob:
-    """A tiny job on random images, its base random but lively, so that prompts change answers."""
+    """A tiny job on random images, its base random but lively."""
     values = json.loads(json.dumps(smoke_values))
     settings = {"queries": 1280, "checks": 4, "averages": 1}
     values["methods"]["black_box"] |= {"settings": settings, "training": {"batch_size": 16}}
     experiment = parse_experiment(values, "test")
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    split = ArraySplit(pixels, torch.arange(64) % 10)
-    data = Data("fashion_mnist", 10, (1, 28, 28), "hash", split, split, split)
     torch.manual_seed(0)
     base = create_classifier(experiment.backbone, 10, 1)
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    # The runner-up on the noisy images of the checks: a start that any prompt can better.
+    noise = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    labels = base.eval()(pixels / 255 + 0.5 * noise).topk(2).indices[:, 1]
+    split = ArraySplit(pixels, labels)
+    data = Data("fashion_mnist", 10, (1, 28, 28), "hash", split, split, split)
     identity = base_identity(experiment)
-    save_model(
-        tmp_path / "base", base, spec_of(experiment, data), identity, {"training_flops": 0}, {}
-    )
+    spec = spec_of(experiment, data)
+    save_model(tmp_path / "base", base, spec, identity, {"training_flops": 0}, {})
     device = torch.device("cpu")
     return BaselineJob(
         experiment, "black_box", 0.5, 0, tmp_path / "local", 0.03, tmp_path / "base", data, device
