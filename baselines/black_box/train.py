@@ -47,8 +47,9 @@ def train_black_box(job: BaselineJob) -> None:
     classifier, model = black_box(job, settings, ledger)
     factory = PROMPTS[settings.prompt]
     channels, height, width = job.data.shape
-    arguments = {"channels": channels, "height": height, "width": width, "sigma": job.sigma}
-    model.prompt = factory(**arguments).to(job.device)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"channels": channels, "height": height, "width": width}
+    arguments["sigma"] = job.sigma
+    model.prompt = factory(**arguments).to(job.device)
     search = Search(model, job.data, settings, job.training, job.learning_rate, job.sigma, job.seed)
     progress = search.run()
     classifier.denoiser = model.prompt
