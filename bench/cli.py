@@ -255,6 +255,8 @@ def schema() -> None:
 def run_guarded(command: typer.Typer) -> None:
     """Run a command line; a user's mistake is one line on stderr, never a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # It reports every request, thousands in a training.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         command()
     except BenchError as error:
