@@ -97,7 +97,7 @@ def certify_method(
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
-        weights_sha256=read_spec(model).weights_sha256,
+        weights_sha256=read_spec(model).answers_sha256,
         test=data.test,
         classes=data.classes,
         data_sha256=data.sha256,

@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from bench.config import DataSettings, Experiment, json_schema, load_experiment
+from bench.config import (
+    Access,
+    DataSettings,
+    Experiment,
+    Precision,
+    json_schema,
+    load_experiment,
+)
 from bench.errors import BenchError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -107,7 +114,7 @@ def gather(
 
 @app.command()
 def certify(
-    model: Annotated[str, typer.Option(help="Model folder, or timm:NAME.")],
+    model: Annotated[str, typer.Option(help="Model folder, timm:NAME, or a served model's URL.")],
     data: Annotated[str, typer.Option(help="Data set, or a folder of CLASS/IMAGE files.")],
     sigma: Sigma,
     output: Output,
@@ -124,6 +131,24 @@ def certify(
     changes = dict(item.partition("=")[::2] for item in setting or [])
     table = certify_anything(model, data, sigma, images, step, changes, output)
     typer.echo(table.to_string(index=False))
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    access: Annotated[Access, typer.Option(help="What the answers show.")] = "logits",
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = "bfloat16",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model folder as a black box over HTTP (docs/black-box.md)."""
+    try:
+        from bench.serving import serve
+    except ModuleNotFoundError as error:
+        raise BenchError(
+            f"{error.name} is not installed: pip install -c requirements.lock '.[serve]'"
+        ) from None
+    serve(model, access, precision, host, port)
 
 
 @app.command()
@@ -244,6 +269,8 @@ def schema() -> None:
 def run_guarded(command: typer.Typer) -> None:
     """Run a command line; a user's mistake is one line on stderr, never a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # It reports every request, thousands in a training.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         command()
     except BenchError as error:

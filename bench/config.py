@@ -24,6 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["float32", "bfloat16"]
 Scalar = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
+Access = Literal["logits", "probabilities", "top1"]
 T = TypeVar("T")
 # One value for all noise levels, or one for each.
 PerSigma: TypeAlias = T | dict[PositiveFloat, T]
@@ -46,6 +47,16 @@ class BackboneSettings(Settings):
     arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
     input_size: PositiveInt | None = None
     pretrained: bool = False
+
+
+class RemoteSettings(Settings):
+    """A classifier that answers over HTTP; `access` and `model`, where given, must be its own."""
+
+    url: str = Field(pattern=r"^https?://")
+    access: Access | None = None
+    model: str | None = None
+    timeout: PositiveFloat = 60.0
+    attempts: PositiveInt = 6
 
 
 class AdamW(Settings):

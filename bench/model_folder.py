@@ -15,14 +15,16 @@ from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
     BackboneSettings,
     Experiment,
+    RemoteSettings,
     Scalar,
 )
 from bench.data import Data
 from bench.errors import BenchError
-from bench.files import read_json, sha256_file, write_json
+from bench.files import read_json, sha256_file, sha256_json, write_json
 from bench.parameterization_settings import Frozen, Parameterization
 from bench.parameterizations import insert_modules
 from bench.provenance import provenance
+from bench.remote import RemoteClassifier, RemoteModel
 from bench.settings import Settings
 from bench.training import TrainingRecord
 
@@ -42,11 +44,18 @@ class ClassifierSpec(Settings):
     data: str
     classes: int
     channels: int
-    backbone: BackboneSettings
+    backbone: BackboneSettings | RemoteSettings
     parameterization: Parameterization = Frozen()
     denoiser: Component | None = None
     noise_resolution: str = "native"
     weights_sha256: str = ""
+
+    @property
+    def answers_sha256(self) -> str:
+        """Hash of what the answers come from: the weights here, and a served model's identity."""
+        if isinstance(self.backbone, RemoteSettings):
+            return sha256_json([self.weights_sha256, self.backbone.model])
+        return self.weights_sha256
 
 
 class Identity(Settings):
@@ -142,8 +151,7 @@ def load_classifier(folder: Path) -> Classifier:
         raise BenchError(f"{weights} is missing: rerun the training that writes {folder}")
     if sha256_file(weights) != spec.weights_sha256:
         raise BenchError(f"{weights} was changed or cut off: delete {folder} and train again")
-    classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
-    insert_modules(classifier.network, spec.parameterization)
+    classifier = _build(spec)
     if spec.denoiser is not None:
         classifier.denoiser = build_component(spec.denoiser.factory, spec.denoiser.arguments)
     try:
@@ -151,6 +159,14 @@ def load_classifier(folder: Path) -> Classifier:
     except (SafetensorError, RuntimeError) as error:
         raise BenchError(f"{weights} does not fit {folder}/classifier.json ({error})") from None
     return classifier.eval()
+
+
+def _build(spec: ClassifierSpec) -> Classifier:
+    if isinstance(spec.backbone, RemoteSettings):
+        return RemoteClassifier(RemoteModel(spec.backbone))
+    classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
+    insert_modules(classifier.network, spec.parameterization)
+    return classifier
 
 
 def read_spec(folder: Path) -> ClassifierSpec:
