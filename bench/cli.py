@@ -84,6 +84,7 @@ def train(
     from bench import jobs
 
     settings = experiment_with(experiment, method)
+    settings.refuse_keys(method, "settings", "surrogates")
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
     jobs.train(settings, method, sigma, seed, base, output, denoiser)
 

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -223,7 +226,7 @@ def values(smoke_values):
     changed["data"]["validation_images"] = 64
     changed["surrogates"] = {"other": {"timm": "lenet"}}
     named = {"family": "f", "learning_rate": 1.0e-3}
-    changed["methods"] = {n: {"label": n, **named, **m} for n, m in METHODS.items()}
+    changed["methods"] = {n: {"label": n, **named, **m} for n, m in copy.deepcopy(METHODS).items()}
     return changed
 
 
@@ -371,7 +374,7 @@ def test_time_steps_outside_of_the_training_are_refused(world, values):
     values["methods"]["diffusion"]["settings"] |= {"timesteps_low": 200}
     world.experiment = parse_experiment(values, "x")
     train_unet(world.job("diffusion", sigma=0.0, unet=True))
-    with pytest.raises(BenchError, match=r"sigma = 0\.5 needs time step 130, outside"):
+    with pytest.raises(BenchError, match=r"sigma = 0\.5 needs time step 129, outside"):
         assemble(world.job("diffusion"))
 
 
@@ -451,3 +454,31 @@ def test_fingerprints_follow_the_denoiser_and_the_surrogates(values):
     third = fingerprints()
     assert {n for n in METHODS if first[n] != second[n]} == {"mse", "front", "joint", "fine"}
     assert {n for n in METHODS if second[n] != third[n]} == {"black_box"}
+
+
+@pytest.mark.workflow
+def test_the_dag_waits_for_what_a_method_starts_from(repository):
+    def plan():
+        command = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", "-p"]
+        command += ["--configfile", "config/denoisers.yaml"]
+        run = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+        return run.stdout + run.stderr
+
+    said = plan()
+    models = "results/denoisers/models"
+    trainings = {
+        re.search("--method (.*?) ", line)[1]: line
+        for line in said.splitlines()
+        if "--output" in line and "--method" in line and "certify" not in line
+    }
+    assert f"--denoiser {models}/mse_frozen/sigma_" in trainings["mse_lora"]
+    assert f"--denoiser {models}/mse_frozen/sigma_" in trainings["mse_then_stability"]
+    assert f"--denoiser {models}/diffusion_frozen/sigma_" in trainings["diffusion_lora"]
+    surrogates = [f"--surrogate {models}/surrogates/{name}" for name in ("small_vit", "lenet")]
+    assert " ".join(surrogates) in trainings["surrogates"]
+    assert "--denoiser" not in trainings["none_lora"]
+    assert re.search(r"pretrain_surrogate +2\n", said)
+    path = repository / "config/denoisers.yaml"
+    text = path.read_text().replace("mse}\n", "mse}\n    objective: {kind: macer}\n")
+    path.write_text(text)
+    assert "methods.mse_frozen.objective means nothing" in plan()
