@@ -30,6 +30,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certific
 Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
 LogFile = Annotated[Path, typer.Argument(help="Certification log.")]
 Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
+BaseFolder = Annotated[Path | None, typer.Option("--base", help="Model folder of the base.")]
+DenoiserFolder = Annotated[
+    Path | None, typer.Option("--denoiser", help="Model folder of methods.NAME.denoiser.of.")
+]
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -56,13 +60,20 @@ def fetch(
 
 
 @app.command()
-def pretrain(experiment: ExperimentFile, output: Output, expect: Expect = None) -> None:
+def pretrain(
+    experiment: ExperimentFile,
+    output: Output,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Train this one of `surrogates` instead.")
+    ] = None,
+    expect: Expect = None,
+) -> None:
     """Train the base classifier on clean images."""
     from bench import jobs
 
     settings = load_experiment(experiment)
-    jobs.check_fingerprint(settings.base_fingerprint, expect)
-    jobs.pretrain(settings, output)
+    jobs.check_fingerprint(jobs.base_identity(settings, surrogate).fingerprint, expect)
+    jobs.pretrain(settings, output, surrogate)
 
 
 @app.command()
@@ -71,7 +82,8 @@ def train(
     method: MethodName,
     sigma: Sigma,
     output: Output,
-    base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
+    base: BaseFolder = None,
+    denoiser: DenoiserFolder = None,
     seed: Seed = 0,
     expect: Expect = None,
 ) -> None:
@@ -79,8 +91,9 @@ def train(
     from bench import jobs
 
     settings = experiment_with(experiment, method)
+    settings.refuse_keys(method, "settings", "surrogates")
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-    jobs.train(settings, method, sigma, seed, base, output)
+    jobs.train(settings, method, sigma, seed, base, output, denoiser)
 
 
 @app.command()

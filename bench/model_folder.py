@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,6 @@ from bench.config import (
     BackboneSettings,
     Experiment,
     RemoteSettings,
-    Scalar,
 )
 from bench.data import Data
 from bench.errors import BenchError
@@ -35,7 +34,7 @@ class Component(Settings):
     """A module of this project by name, with what builds it."""
 
     factory: str
-    arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class ClassifierSpec(Settings):

@@ -347,7 +347,7 @@ def job(smoke_values, tmp_path) -> BaselineJob:
     save_model(tmp_path / "base", base, spec, identity, {"training_flops": 0}, {})
     device = torch.device("cpu")
     return BaselineJob(
-        experiment, "black_box", 0.5, 0, tmp_path / "local", 0.03, tmp_path / "base", data, device
+        experiment, "black_box", 0.5, 0, tmp_path / "local", tmp_path / "base", data, device
     )
 
 

@@ -1,3 +1,8 @@
+from baselines.black_box.settings import BlackBoxSettings
+
+check(BlackBoxSettings)
+
+
 use rule train as train_black_box with:
     input:
         data=DATA,

@@ -1,18 +1,27 @@
 """Keys of `settings` for methods of this baseline."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from bench.config import Access, Settings
+from baselines.settings import BaselineSettings
+from bench.config import Access
 
 
-class BlackBoxSettings(Settings):
+class BlackBoxSettings(BaselineSettings):
     """What the black box shows, which prompt is trained, and how SPSA-GC spends the queries.
 
     Step k = 1, 2, ... moves by a_k = a / (k + o)^alpha and perturbs by c_k = c / k^gamma; a is the
     method's learning rate.
     """
+
+    baseline: ClassVar[str] = "black_box"
+    refused: ClassVar[tuple[str, ...]] = (
+        "objective",
+        "parameterization",
+        "surrogates",
+        "denoiser",
+    )
 
     access: Access = "logits"
     prompt: Literal["coordinator", "constant"] = "coordinator"

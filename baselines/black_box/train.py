@@ -42,7 +42,7 @@ def black_box(
 
 def train_black_box(job: BaselineJob) -> None:
     """Train the prompt of one method and sigma; write the prompted classifier's folder."""
-    settings = job.settings_as(BlackBoxSettings)
+    settings = BlackBoxSettings.of(job.experiment, job.method)
     ledger = Ledger(settings.queries)
     classifier, model = black_box(job, settings, ledger)
     factory = PROMPTS[settings.prompt]
