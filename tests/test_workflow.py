@@ -306,7 +306,7 @@ def test_certify_takes_any_model_folder(done, tmp_path):
     log = tmp_path / "own.tsv"
     arguments = ["certify", "--model", "results/smoke/models/base", "--sigma", "0.25"]
     arguments += ["--output", str(log), "--images", "8", "--set", "batch_size=64"]
-    small = ["--set", "n=64", "--set", "horizon=64"]
+    small = ["--set", "n=64", "--set", "horizon=128"]
     answer = bench(done, *arguments, "--data", "fashion_mnist", *small)
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.splitlines()[0].split() == ["radius", "value", "low", "high", "n_images"]
@@ -317,6 +317,11 @@ def test_certify_takes_any_model_folder(done, tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert len(pd.read_csv(log, sep="\t")) == 16
     assert votes.read_text().startswith(kept)  # more images do not redraw the first
+    kept = votes.read_text()
+    longer = ["--set", "n=128", "--set", "horizon=128", "--set", "reserve_at=64"]
+    answer = bench(done, *arguments, "--data", "fashion_mnist", *longer, "--images", "16")
+    assert answer.returncode == 0, answer.stderr
+    assert votes.read_text().startswith(kept)  # nor do more draws
     folder = tmp_path / "images/cat"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(folder / "one.png")
