@@ -259,7 +259,7 @@ def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
         command, cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    started = itertools.takewhile(lambda line: not line.startswith("rule "), run.stderr)
+    started = itertools.takewhile(lambda line: not line.startswith("localrule "), run.stderr)
     before = "".join(started)
     # A terminal sends it to the whole group.
     os.killpg(run.pid, signal.SIGINT)
