@@ -1,15 +1,17 @@
 """The command line that trained baselines share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import typer
-from pydantic import ValidationError
 
+from bench.backbones import Classifier
 from bench.cli import (
+    BaseFolder,
+    DenoiserFolder,
     Expect,
     ExperimentFile,
     MethodName,
@@ -19,14 +21,12 @@ from bench.cli import (
     experiment_with,
     run_guarded,
 )
-from bench.config import Experiment, Settings, TrainingSettings
+from bench.config import Experiment, TrainingSettings
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.jobs import check_fingerprint
+from bench.jobs import base_flops, check_fingerprint, load_base
 from bench.model_folder import Identity, identity_of
 from bench.provenance import pick_device
-
-S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,28 @@ class BaselineJob:
     sigma: float
     seed: int
     output: Path
-    learning_rate: float
     base: Path | None
     data: Data
     device: torch.device
+    denoiser: Path | None = None
+    surrogates: list[Path] = field(default_factory=list)
 
     @property
     def training(self) -> TrainingSettings:
         """The method's budget."""
         return self.experiment.method_training(self.method)
+
+    @property
+    def learning_rate(self) -> float:
+        """The method's learning rate.
+
+        Raises:
+            BenchError: it has none.
+        """
+        rate = self.experiment.point(self.method).learning_rate
+        if rate is None:
+            raise BenchError(f"methods.{self.method}.learning_rate is missing: weights are trained")
+        return rate
 
     @property
     def identity(self) -> Identity:
@@ -64,16 +77,23 @@ class BaselineJob:
             raise BenchError("--base is missing: name the base classifier's model folder")
         return self.base
 
-    def settings_as(self, model: type[S]) -> S:
-        """The method's `settings`, validated.
+    def load_surrogates(self) -> list[Classifier]:
+        """The method's surrogates, frozen, in evaluation mode.
 
         Raises:
-            BenchError: names the method and each offending key.
+            BenchError: the command line did not name each once, in order.
         """
-        try:
-            return model.model_validate(self.experiment.point(self.method).settings)
-        except ValidationError as error:
-            raise BenchError(f"methods.{self.method}.settings: {error}") from None
+        names = self.experiment.point(self.method).surrogates
+        if len(names) != len(self.surrogates):
+            raise BenchError(f"--surrogate: methods.{self.method} needs one for each of {names}")
+        pairs = zip(names, self.surrogates, strict=True)
+        loaded = [load_base(self.experiment, folder, name) for name, folder in pairs]
+        return [surrogate.requires_grad_(False).to(self.device) for surrogate in loaded]
+
+    def inherited_flops(self) -> int:
+        """Training FLOPs of the base, denoiser and surrogates that the training starts from."""
+        surrogates = sum(base_flops(folder) for folder in self.surrogates)
+        return base_flops(self.base_folder, self.denoiser) + surrogates
 
 
 def run_baseline(train: Callable[[BaselineJob], None]) -> None:
@@ -86,17 +106,22 @@ def run_baseline(train: Callable[[BaselineJob], None]) -> None:
         method: MethodName,
         sigma: Sigma,
         output: Output,
-        base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
+        base: BaseFolder = None,
+        denoiser: DenoiserFolder = None,
+        surrogate: Annotated[
+            list[Path] | None, typer.Option(help="Model folder of a surrogate; repeat.")
+        ] = None,
         seed: Seed = 0,
         expect: Expect = None,
     ) -> None:
         settings = experiment_with(experiment, method)
         check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-        rate = settings.point(method).learning_rate
-        assert rate is not None
         torch.manual_seed(seed)
         data = load_data(settings.data)
         device = pick_device()
-        train(BaselineJob(settings, method, sigma, seed, output, rate, base, data, device))
+        job = BaselineJob(
+            settings, method, sigma, seed, output, base, data, device, denoiser, surrogate or []
+        )
+        train(job)
 
     run_guarded(app)

@@ -59,7 +59,7 @@ class Denoiser:
 
 
 def dncnn_parameters(depth: int, width: int, channels: int) -> int:
-    """Parameters of Salman et al.'s DnCNN: inner convolutions have batch norms, no biases."""
+    """Parameters of Salman et al.'s DnCNN: biases at its first convolution only, batch norms."""
     ends = 2 * 9 * channels * width + width
     return ends + (depth - 2) * (9 * width**2 + 2 * width)
 

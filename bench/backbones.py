@@ -18,7 +18,8 @@ class Classifier(nn.Module):
     """Denoise, resize, normalise, classify; noise enters before all of it.
 
     `forward` maps `(B, C, H, W)` float32 pixels in [0, 1] plus noise, never clamped, to
-    `(B, K)` float32 logits.
+    `(B, K)` float32 logits. A denoiser may offer V images for each, `(V, B, C, H, W)`: their
+    classes are then put to the vote.
     """
 
     mean: Tensor
@@ -44,7 +45,11 @@ class Classifier(nn.Module):
         """Logits `(B, K)` in float32."""
         if self.denoiser is not None:
             pixels = self.denoiser(pixels)
-        return self.classify(pixels)
+        if pixels.ndim == 4:
+            return self.classify(pixels)
+        logits = self.classify(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+        # Votes have no gradient.
+        return logits.mean(0) if self.training else majority(logits)
 
     def classify(self, pixels: Tensor) -> Tensor:
         """Logits of `pixels`, the denoiser left out."""
@@ -69,6 +74,14 @@ class Classifier(nn.Module):
             if self.denoiser is not None and hasattr(self.denoiser, "to_bfloat16"):
                 self.denoiser.to_bfloat16()  # type: ignore[operator]
         return self
+
+
+def majority(logits: Tensor) -> Tensor:
+    """Votes for each class `(B, K)` of V answers `(V, B, K)`; probability decides a tie."""
+    votes = F.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)
+    counted = votes + logits.softmax(-1).mean(0) / 2
+    # An answer that is not finite must stay so: it votes for nobody.
+    return torch.where(logits.isfinite().all(0), counted, torch.nan)
 
 
 def compile_for_inference(classifier: nn.Module, batch: Tensor) -> None:

@@ -28,7 +28,7 @@ from bench.statistics import accuracy_interval
 # What a continued run may change: both only decide when to stop, see sequential.py.
 STOPPING = ("n", "futility")
 # Images do not affect each other; where they share alpha, `family_size` stays behind.
-IMAGES = ("n_images", "images_sha256")
+IMAGES = ("n_images", "images_sha256", "all_images_sha256")
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,32 @@ def certify_method(
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
-        weights_sha256=read_spec(model).weights_sha256,
+        weights_sha256=read_spec(model).answers_sha256,
         test=data.test,
         classes=data.classes,
         data_sha256=data.sha256,
         wanted=wanted[shard - 1 :: settings.shards],
         protocol=protocol_of(settings, data.name, sigma, seed, step, len(wanted)),
         settings=settings,
-        names={"experiment": experiment.name, "method": method, "sigma": sigma, "seed": seed},
+        names={
+            "experiment": experiment.name,
+            "method": method,
+            "sigma": sigma,
+            "seed": seed,
+            "all_images_sha256": sha256_json(wanted.tolist()),
+        },
     )
     run_task(task, output)
 
 
 def run_task(task: Task, output: Path) -> pd.DataFrame:
-    """Certify the wanted images, write log and sidecar, return the log."""
+    """Certify the wanted images, write log and sidecar, return the log.
+
+    Raises:
+        BenchError: `output` does not end in .tsv, so its companions could overwrite others'.
+    """
+    if output.suffix != ".tsv":
+        raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")
     device = pick_device()
     settings, protocol = task.settings, task.protocol
     images = task.test.batch(task.wanted).to(device)
@@ -145,6 +157,8 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
     protocol, settings = task.protocol, task.settings
     described = {key: value for key, value in asdict(protocol).items() if key != "seed"}
     if protocol.mode == "decide":
+        # The plan holds it, resolved: writing it out for a continued run changes nothing.
+        del described["reserve_at"]
         described["plan"] = plan_of(protocol).as_json()
         described["boundaries_sha256"] = Decide(protocol).table.sha256
     return {
@@ -161,7 +175,7 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         "images_sha256": sha256_json(task.wanted.tolist()),
         "code_sha256": _code_hash(task.classifier),
         "machine": machine(device),
-        "torch": torch.__version__,
+        "versions": provenance(device)["versions"],
     }
 
 
@@ -177,7 +191,8 @@ def _code_hash(classifier: Classifier) -> str:
     files = {*root.glob("smoothing/*.py"), Path(__file__)}
     for module in classifier.modules():
         source = Path(inspect.getfile(type(module)))
-        if source.is_relative_to(root.parent):
+        # Not the checkout: it may hold the environment as well.
+        if any(source.is_relative_to(place) for place in (root, root.parent / "baselines")):
             files.add(source)
     return sha256_json(sorted((path.name, sha256_file(path)) for path in files))
 
@@ -224,12 +239,15 @@ def gather(shards: list[Path], output: Path) -> None:
     whole = pd.concat(logs).sort_values("idx")
     if whole["idx"].duplicated().any():
         raise BenchError(f"{shards[0]} and others list the same image: certify again")
+    found = sha256_json(whole["idx"].tolist())
+    if found != first.get("all_images_sha256", found):
+        raise BenchError(f"{shards[0]} and others lack images of the run: name every shard")
     totals = {name: float(sum(s[name] for s in sidecars)) for name in SPENT}
     merged = {
         **sidecars[0],
         **totals,
         "n_images": len(whole),
-        "images_sha256": sha256_json(whole["idx"].tolist()),
+        "images_sha256": found,
         "shards": len(shards),
     }
     rows = whole[[field.name for field in fields(Certificate)]].to_dict("records")

@@ -11,7 +11,14 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from bench.config import DataSettings, Experiment, json_schema, load_experiment
+from bench.config import (
+    Access,
+    DataSettings,
+    Experiment,
+    Precision,
+    json_schema,
+    load_experiment,
+)
 from bench.errors import BenchError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -23,6 +30,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certific
 Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
 LogFile = Annotated[Path, typer.Argument(help="Certification log.")]
 Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
+BaseFolder = Annotated[Path | None, typer.Option("--base", help="Model folder of the base.")]
+DenoiserFolder = Annotated[
+    Path | None, typer.Option("--denoiser", help="Model folder of methods.NAME.denoiser.of.")
+]
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -49,13 +60,20 @@ def fetch(
 
 
 @app.command()
-def pretrain(experiment: ExperimentFile, output: Output, expect: Expect = None) -> None:
+def pretrain(
+    experiment: ExperimentFile,
+    output: Output,
+    surrogate: Annotated[
+        str | None, typer.Option(help="Train this one of `surrogates` instead.")
+    ] = None,
+    expect: Expect = None,
+) -> None:
     """Train the base classifier on clean images."""
     from bench import jobs
 
     settings = load_experiment(experiment)
-    jobs.check_fingerprint(settings.base_fingerprint, expect)
-    jobs.pretrain(settings, output)
+    jobs.check_fingerprint(jobs.base_identity(settings, surrogate).fingerprint, expect)
+    jobs.pretrain(settings, output, surrogate)
 
 
 @app.command()
@@ -64,7 +82,8 @@ def train(
     method: MethodName,
     sigma: Sigma,
     output: Output,
-    base: Annotated[Path | None, typer.Option(help="Model folder of the base.")] = None,
+    base: BaseFolder = None,
+    denoiser: DenoiserFolder = None,
     seed: Seed = 0,
     expect: Expect = None,
 ) -> None:
@@ -72,8 +91,9 @@ def train(
     from bench import jobs
 
     settings = experiment_with(experiment, method)
+    settings.refuse_keys(method, "settings", "surrogates")
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-    jobs.train(settings, method, sigma, seed, base, output)
+    jobs.train(settings, method, sigma, seed, base, output, denoiser)
 
 
 @app.command()
@@ -107,7 +127,7 @@ def gather(
 
 @app.command()
 def certify(
-    model: Annotated[str, typer.Option(help="Model folder, or timm:NAME.")],
+    model: Annotated[str, typer.Option(help="Model folder, timm:NAME, or a served model's URL.")],
     data: Annotated[str, typer.Option(help="Data set, or a folder of CLASS/IMAGE files.")],
     sigma: Sigma,
     output: Output,
@@ -124,6 +144,24 @@ def certify(
     changes = dict(item.partition("=")[::2] for item in setting or [])
     table = certify_anything(model, data, sigma, images, step, changes, output)
     typer.echo(table.to_string(index=False))
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    access: Annotated[Access, typer.Option(help="What the answers show.")] = "logits",
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = "bfloat16",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model folder as a black box over HTTP (docs/black-box.md)."""
+    try:
+        from bench.serving import serve
+    except ModuleNotFoundError as error:
+        raise BenchError(
+            f"{error.name} is not installed: pip install -c requirements.lock '.[serve]'"
+        ) from None
+    serve(model, access, precision, host, port)
 
 
 @app.command()
@@ -253,6 +291,8 @@ def schema() -> None:
 def run_guarded(command: typer.Typer) -> None:
     """Run a command line; a user's mistake is one line on stderr, never a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    # It reports every request, thousands in a training.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     try:
         command()
     except BenchError as error:

@@ -25,6 +25,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["float32", "bfloat16"]
 Scalar = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
+Access = Literal["logits", "probabilities", "top1"]
 T = TypeVar("T")
 # One value for all noise levels, or one for each.
 PerSigma: TypeAlias = T | dict[PositiveFloat, T]
@@ -47,6 +48,16 @@ class BackboneSettings(Settings):
     arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
     input_size: PositiveInt | None = None
     pretrained: bool = False
+
+
+class RemoteSettings(Settings):
+    """A classifier that answers over HTTP; `access` and `model`, where given, must be its own."""
+
+    url: str = Field(pattern=r"^https?://")
+    access: Access | None = None
+    model: str | None = None
+    timeout: PositiveFloat = 60.0
+    attempts: PositiveInt = 6
 
 
 class AdamW(Settings):
@@ -199,6 +210,13 @@ Objective = Annotated[
 ]
 
 
+class SharedDenoiser(Settings):
+    """The denoiser of another method, of the same sigma and seed, as front or as start."""
+
+    of: Name
+    trained: bool = False
+
+
 class Method(Settings):
     """One point of backbone x parameterization x objective x denoiser, as named by the user."""
 
@@ -209,6 +227,8 @@ class Method(Settings):
     baseline: Name | None = None
     parameterization: Parameterization = Frozen()
     objective: Objective = CrossEntropy()
+    denoiser: SharedDenoiser | None = None
+    surrogates: list[Name] = Field(default_factory=list)
     learning_rate: PositiveFloat | None = None
     training: TrainingOverrides = TrainingOverrides()
     settings: dict[str, Scalar] = Field(default_factory=dict)
@@ -216,17 +236,25 @@ class Method(Settings):
 
     @property
     def trains(self) -> bool:
-        """Whether a learning rate is needed."""
-        return self.baseline is not None or self.parameterization.kind != "frozen"
+        """Whether there is a learning rate to tune."""
+        return self.learning_rate is not None
 
     @model_validator(mode="after")
     def _learning_rate_where_trained(self) -> "Method":
-        if self.trains and self.learning_rate is None:
+        front = self.denoiser is not None and self.denoiser.trained
+        weights = front or self.parameterization.kind != "frozen"
+        if weights and not self.trains:
             raise ValueError("learning_rate is missing: this method trains weights")
-        if not self.trains and self.learning_rate is not None:
+        # A baseline knows itself whether it trains anything.
+        if self.trains and not weights and self.baseline is None:
             raise ValueError("learning_rate is given, but a frozen method trains nothing")
-        if self.settings and self.baseline is None:
-            raise ValueError("settings belong to a baseline: set `baseline` or remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_where_needed(self) -> "Method":
+        for key in ("settings", "surrogates"):
+            if getattr(self, key) and self.baseline is None:
+                raise ValueError(f"{key} belong to a baseline: set `baseline` or remove them")
         return self
 
     @model_validator(mode="after")
@@ -356,6 +384,7 @@ class Experiment(Settings):
     gpus_per_job: int = Field(default=0, ge=0)
     data: DataSettings
     backbone: BackboneSettings
+    surrogates: dict[Name, BackboneSettings] = Field(default_factory=dict)
     pretrain: PretrainSettings
     training: TrainingSettings
     certification: CertificationSettings
@@ -381,7 +410,14 @@ class Experiment(Settings):
     @cached_property
     def base_fingerprint(self) -> str:
         """Hash of the settings that define the base classifier."""
-        parts = (self.data, self.backbone, self.pretrain)
+        return self._pretraining_fingerprint(self.backbone)
+
+    def surrogate_fingerprint(self, name: str) -> str:
+        """Hash of the settings that define a surrogate classifier."""
+        return self._pretraining_fingerprint(self.surrogates[name])
+
+    def _pretraining_fingerprint(self, backbone: BackboneSettings) -> str:
+        parts = (self.data, backbone, self.pretrain)
         return sha256_json([*(part.model_dump() for part in parts), self.seeds[0]])
 
     @model_validator(mode="after")
@@ -402,6 +438,47 @@ class Experiment(Settings):
                 except ValueError as error:
                     raise ValueError(f"methods.{name}.objective.{error}") from None
         return self
+
+    @model_validator(mode="after")
+    def _denoisers_exist(self) -> "Experiment":
+        for name in self.methods:
+            chain = [name]
+            while (shared := self.methods[chain[-1]].denoiser) is not None:
+                key = f"methods.{chain[-1]}.denoiser.of"
+                if shared.of not in self.methods:
+                    raise ValueError(f"{key}: {shared.of} is no method of this experiment")
+                if shared.of in chain:
+                    raise ValueError(f"{key}: {shared.of} waits for {name}'s own denoiser")
+                chain.append(shared.of)
+            if len(chain) > 1 and self.methods[chain[-1]].baseline is None:
+                raise ValueError(f"{key}: {chain[-1]} has no denoiser: name a method that has one")
+        return self
+
+    @model_validator(mode="after")
+    def _surrogates_stand_in_for_another(self) -> "Experiment":
+        for name, backbone in self.surrogates.items():
+            same = backbone.model_copy(update={"pretrained": self.backbone.pretrained})
+            if same == self.backbone:
+                raise ValueError(f"surrogates.{name} is the certified backbone: name another")
+        for name, method in self.methods.items():
+            for surrogate in method.surrogates:
+                if surrogate not in self.surrogates:
+                    raise ValueError(f"methods.{name}.surrogates: {surrogate} is not in surrogates")
+        return self
+
+    def refuse_keys(self, name: str, *keys: str) -> None:
+        """Refuse keys of a method that its baseline would ignore.
+
+        Raises:
+            BenchError: names the first of them that is set.
+        """
+        method = self.point(name)
+        for key in keys:
+            if key in method.model_fields_set:
+                raise BenchError(
+                    f"methods.{name}.{key} means nothing to baseline {method.baseline}: remove it; "
+                    f"baselines/{method.baseline}/README.md says what is trained there"
+                )
 
     def sigmas_of(self, method: str) -> list[float]:
         """The noise levels that a method runs at: the experiment's, or those it names."""
@@ -456,7 +533,10 @@ class Experiment(Settings):
         point = chosen.model_dump(exclude={*labels, "training", "objective"})
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
-        return sha256_json([self.base_fingerprint, point, objective, training, sigma, seed])
+        start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
+        if chosen.denoiser is not None:
+            start.append(self.training_fingerprint(chosen.denoiser.of, sigma, seed))
+        return sha256_json([start, point, objective, training, sigma, seed])
 
     def certification_fingerprint(self, sigma: float, seed: int) -> str:
         """Hash of the settings that define one certification, the model's own aside."""

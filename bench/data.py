@@ -348,5 +348,6 @@ def labelled_folder(folder: Path, size: int) -> tuple[FolderSplit, int]:
 
 
 def spread(count: int, wanted: int) -> Tensor:
-    """Positions of `wanted` test images, evenly spaced over `count`: every k-th from 0."""
-    return torch.arange(0, count, max(1, count // wanted))[:wanted]
+    """Positions of `wanted` test images, evenly spaced over all `count`, from 0."""
+    wanted = min(wanted, count)
+    return torch.arange(wanted) * count // wanted

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from bench.backbones import Classifier, create_classifier, set_fused_attention
 from bench.config import CrossEntropy, Experiment, Method, Objective, TrainingSettings
@@ -14,10 +14,12 @@ from bench.data import Data, load_data
 from bench.errors import BenchError
 from bench.files import read_json
 from bench.model_folder import (
+    Component,
     Identity,
     check_identity,
     identity_of,
     load_classifier,
+    read_spec,
     save_model,
     spec_of,
     training_report,
@@ -43,25 +45,62 @@ def check_fingerprint(found: str, expected: str | None) -> None:
         )
 
 
-def base_identity(experiment: Experiment) -> Identity:
-    """The identity of the experiment's base classifier."""
+def base_identity(experiment: Experiment, surrogate: str | None = None) -> Identity:
+    """The identity of the experiment's base classifier, or of one that stands in for it.
+
+    Raises:
+        BenchError: the experiment has no such surrogate.
+    """
+    method, fingerprint = BASE, experiment.base_fingerprint
+    if surrogate is not None:
+        if surrogate not in experiment.surrogates:
+            raise BenchError(f"--surrogate {surrogate}: {experiment.name} has no such surrogate")
+        method = f"surrogates.{surrogate}"
+        fingerprint = experiment.surrogate_fingerprint(surrogate)
+    seed = experiment.seeds[0]
     return Identity(
-        experiment=experiment.name,
-        method=BASE,
-        sigma=0.0,
-        seed=experiment.seeds[0],
-        fingerprint=experiment.base_fingerprint,
+        experiment=experiment.name, method=method, sigma=0.0, seed=seed, fingerprint=fingerprint
     )
 
 
-def load_base(experiment: Experiment, folder: Path) -> Classifier:
-    """Load the base classifier and make sure that it is this experiment's."""
-    check_identity(folder, base_identity(experiment))
+def load_base(experiment: Experiment, folder: Path, surrogate: str | None = None) -> Classifier:
+    """Load the base classifier, or a surrogate, and make sure that it is this experiment's."""
+    check_identity(folder, base_identity(experiment, surrogate))
     return load_classifier(folder)
 
 
-def base_flops(base: Path | None) -> int:
-    """Training FLOPs of the base that a method starts from; 0 without one."""
+def load_denoiser(
+    experiment: Experiment, method: str, sigma: float, seed: int, folder: Path | None
+) -> tuple[nn.Module | None, Component | None]:
+    """The denoiser that `method` takes from another one, and what builds it.
+
+    It requires gradients where the method trains it on.
+
+    Raises:
+        BenchError: `folder` is missing, belongs to other settings or holds no denoiser.
+    """
+    shared = experiment.point(method).denoiser
+    if shared is None or folder is None:
+        if shared is not None or folder is not None:
+            raise BenchError(f"methods.{method}.denoiser and --denoiser go together: give both")
+        return None, None
+    check_identity(folder, identity_of(experiment, shared.of, sigma, seed))
+    denoiser = load_classifier(folder).denoiser
+    if denoiser is None:
+        raise BenchError(
+            f"methods.{method}.denoiser.of: {shared.of} has no denoiser: name a method that has one"
+        )
+    return denoiser.requires_grad_(shared.trained), read_spec(folder).denoiser
+
+
+def base_flops(base: Path | None, denoiser: Path | None = None) -> int:
+    """Training FLOPs of all that a method starts from; 0 without a base or denoiser.
+
+    The folder of a denoiser has paid for the base already.
+    """
+    if denoiser is not None:
+        cost = read_json(denoiser / "cost.json")
+        return int(cost["training_flops"]) + int(cost["base_training_flops"])
     return int(read_json(base / "cost.json")["training_flops"]) if base else 0
 
 
@@ -79,9 +118,12 @@ def cost_report(
     }
 
 
-def pretrain(experiment: Experiment, folder: Path) -> None:
-    """Train the base classifier on clean images and write its model folder."""
-    identity = base_identity(experiment)
+def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None) -> None:
+    """Train the base classifier, or a surrogate, on clean images and write its model folder."""
+    identity = base_identity(experiment, surrogate)
+    if surrogate is not None:
+        update = {"backbone": experiment.surrogates[surrogate]}
+        experiment = experiment.model_copy(update=update)
     torch.manual_seed(identity.seed)
     device = pick_device()
     data = load_data(experiment.data)
@@ -113,7 +155,6 @@ def _fit_classifier(
 ) -> tuple[TrainingRecord, dict[str, Any]]:
     """Train `classifier` where it requires gradients; also count what that costs."""
     device = next(classifier.parameters()).device
-    classifier.train()
     minimise, hyperparameters = OBJECTIVES[objective.kind], objective.at(sigma)
 
     def loss(images: Tensor, labels: Tensor, noise: Generator, progress: float) -> Tensor:
@@ -121,15 +162,25 @@ def _fit_classifier(
         return minimise(classifier, batch, **hyperparameters)
 
     counts = parameter_counts(classifier, classifier)
+    inference = inference_flops(classifier.eval(), data.shape)
+    _training_mode(classifier)
     flops = {
         "training_flops": training_flops(loss, data.shape, settings.images, classifier),
-        "inference_flops": inference_flops(classifier, data.shape),
+        "inference_flops": inference,
     }
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(classifier, device.type != "cpu")
     hook = step_hook(classifier.network)
     record = fit(classifier, loss, data.train, settings, learning_rate, seed, hook)
     return record, cost_report(record, counts, flops)
+
+
+def _training_mode(classifier: Classifier) -> None:
+    """Training mode, but a frozen denoiser keeps its batch statistics."""
+    classifier.train()
+    front = classifier.denoiser
+    if front is not None and not any(p.requires_grad for p in front.parameters()):
+        front.eval()
 
 
 def train(
@@ -139,24 +190,24 @@ def train(
     seed: int,
     base: Path | None,
     folder: Path,
+    denoiser: Path | None = None,
 ) -> None:
     """Train one point of the product and write its model folder.
 
     Args:
-        experiment: the experiment.
-        method: its name in the experiment file.
+        experiment, method: the experiment, and a name in its file.
         sigma: noise level in [0, 1] pixels.
         seed: of initialisation, batches and noise.
         base: folder of the base classifier; None for training from scratch.
         folder: where the model goes.
+        denoiser: folder of the method whose denoiser stands in front, if one does.
     """
     point = experiment.point(method)
     settings = experiment.method_training(method)
     torch.manual_seed(seed)
-    device = pick_device()
-    data = load_data(experiment.data)
-    classifier = _starting_point(experiment, point, base, data)
-    classifier.network = adapt(classifier.network, point.parameterization, settings.steps)
+    device, data = pick_device(), load_data(experiment.data)
+    classifier = _starting_point(experiment, point, base, data, settings.steps)
+    classifier.denoiser, component = load_denoiser(experiment, method, sigma, seed, denoiser)
     classifier.to(device)
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
@@ -164,29 +215,36 @@ def train(
             settings, classifier, data, point.objective, sigma, point.learning_rate, seed
         )
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
-    spec = spec_of(experiment, data, point.parameterization)
-    merged = merge(classifier, adapter)
-    cost = _certified_cost(cost, merged, data) | {"base_training_flops": base_flops(base)}
+    spec = spec_of(experiment, data, point.parameterization, component)
+    merged = merge(classifier, adapter).eval()
+    cost = _certified_cost(cost, merged, data) | {"base_training_flops": base_flops(base, denoiser)}
     report = training_report(record, device, data, settings.model_dump())
-    merged.eval()
-    report["validation_sigma"] = sigma
-    report["validation_accuracy"] = accuracy(merged, data.validation, sigma, seed)
+    report |= validation(merged, data, sigma, seed)
     identity = identity_of(experiment, method, sigma, seed)
     save_model(folder, merged, spec, identity, cost, report, adapter)
 
 
+def validation(classifier: Classifier, data: Data, sigma: float, seed: int) -> dict[str, float]:
+    """Part of `training.json`: accuracy under noise of `sigma`, by which tuning chooses."""
+    found = accuracy(classifier, data.validation, sigma, seed)
+    return {"validation_sigma": sigma, "validation_accuracy": found}
+
+
 def _starting_point(
-    experiment: Experiment, point: Method, base: Path | None, data: Data
+    experiment: Experiment, point: Method, base: Path | None, data: Data, steps: int
 ) -> Classifier:
-    """The base classifier, or a random one for training from scratch."""
+    """The base classifier, or a random one for training from scratch, ready to be trained."""
     if (base is None) != (point.parameterization.kind == "scratch"):
         raise BenchError(
             f"{point.label}: --base and parameterization.kind = scratch exclude each other, and "
             "every other kind needs a base; scratch methods take `baseline: gaussian_retraining`"
         )
     if base is None:
-        return create_classifier(experiment.backbone, data.classes, data.shape[0])
-    return load_base(experiment, base)
+        classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
+    else:
+        classifier = load_base(experiment, base)
+    classifier.network = adapt(classifier.network, point.parameterization, steps)
+    return classifier
 
 
 def _certified_cost(cost: dict[str, Any], merged: Classifier, data: Data) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -15,14 +15,15 @@ from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
     BackboneSettings,
     Experiment,
-    Scalar,
+    RemoteSettings,
 )
 from bench.data import Data
 from bench.errors import BenchError
-from bench.files import read_json, sha256_file, write_json
+from bench.files import read_json, sha256_file, sha256_json, write_json
 from bench.parameterization_settings import Frozen, Parameterization
 from bench.parameterizations import insert_modules
 from bench.provenance import provenance
+from bench.remote import RemoteClassifier, RemoteModel
 from bench.settings import Settings
 from bench.training import TrainingRecord
 
@@ -33,7 +34,7 @@ class Component(Settings):
     """A module of this project by name, with what builds it."""
 
     factory: str
-    arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class ClassifierSpec(Settings):
@@ -42,11 +43,18 @@ class ClassifierSpec(Settings):
     data: str
     classes: int
     channels: int
-    backbone: BackboneSettings
+    backbone: BackboneSettings | RemoteSettings
     parameterization: Parameterization = Frozen()
     denoiser: Component | None = None
     noise_resolution: str = "native"
     weights_sha256: str = ""
+
+    @property
+    def answers_sha256(self) -> str:
+        """Hash of what the answers come from: the weights here, and a served model's identity."""
+        if isinstance(self.backbone, RemoteSettings):
+            return sha256_json([self.weights_sha256, self.backbone.model])
+        return self.weights_sha256
 
 
 class Identity(Settings):
@@ -142,8 +150,7 @@ def load_classifier(folder: Path) -> Classifier:
         raise BenchError(f"{weights} is missing: rerun the training that writes {folder}")
     if sha256_file(weights) != spec.weights_sha256:
         raise BenchError(f"{weights} was changed or cut off: delete {folder} and train again")
-    classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
-    insert_modules(classifier.network, spec.parameterization)
+    classifier = _build(spec)
     if spec.denoiser is not None:
         classifier.denoiser = build_component(spec.denoiser.factory, spec.denoiser.arguments)
     try:
@@ -151,6 +158,14 @@ def load_classifier(folder: Path) -> Classifier:
     except (SafetensorError, RuntimeError) as error:
         raise BenchError(f"{weights} does not fit {folder}/classifier.json ({error})") from None
     return classifier.eval()
+
+
+def _build(spec: ClassifierSpec) -> Classifier:
+    if isinstance(spec.backbone, RemoteSettings):
+        return RemoteClassifier(RemoteModel(spec.backbone))
+    classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
+    insert_modules(classifier.network, spec.parameterization)
+    return classifier
 
 
 def read_spec(folder: Path) -> ClassifierSpec:

@@ -10,14 +10,16 @@ from pydantic import ValidationError
 
 from bench.backbones import Classifier, create_classifier
 from bench.certification import Task, protocol_of, run_task
-from bench.config import BackboneSettings, CertificationSettings, DataSettings
+from bench.config import BackboneSettings, CertificationSettings, DataSettings, RemoteSettings
 from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
 from bench.model_folder import load_classifier, read_spec
+from bench.remote import RemoteClassifier, RemoteModel
 from bench.statistics import certified_accuracy
 
 TIMM = "timm:"
+HTTP = ("http://", "https://")
 
 
 def certify_anything(
@@ -32,7 +34,8 @@ def certify_anything(
     """Certify `model` on `data`, write log and sidecar, return the certified accuracy.
 
     Args:
-        model: a model folder, or `timm:NAME` for that model's pretrained weights.
+        model: a model folder, `timm:NAME` for that model's pretrained weights, or the address
+            of a served model (docs/black-box.md).
         data: a data set that `bench fetch` knows, or a folder of `CLASS/IMAGE` files whose
             sorted class names are the classifier's outputs.
         sigma: noise level in [0, 1] pixels of the images as the classifier takes them.
@@ -68,8 +71,11 @@ def _settings(changes: dict[str, str]) -> CertificationSettings:
 
 def _classifier(model: str) -> tuple[Classifier, int | None, str]:
     """The classifier, the image size it takes (None: the data's own), and its weights' hash."""
+    if model.startswith(HTTP):
+        served = RemoteModel(RemoteSettings(url=model))
+        return RemoteClassifier(served).eval(), None, served.description.model
     if not model.startswith(TIMM):
-        return load_classifier(Path(model)), None, read_spec(Path(model)).weights_sha256
+        return load_classifier(Path(model)), None, read_spec(Path(model)).answers_sha256
     import timm
 
     name = model.removeprefix(TIMM)

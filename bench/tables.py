@@ -198,9 +198,9 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
         table.to_csv(temporary, index=False)
     picks = table[table["picked"] & ~table["recorded"]]
     return [
-        f"record methods.{row.method}.learning_rate: {row.learning_rate:.3e}"
-        + (f" and {row.size}" if row.size else "")
-        for row in picks.itertuples()
+        f"record methods.{row['method']}.learning_rate: {row['learning_rate']:.3e}"
+        + (f" and {row['size']}" if row["size"] else "")
+        for row in picks.to_dict("records")
     ] or ["the experiment file records every pick"]
 
 

@@ -40,7 +40,7 @@ def precision_context(
     return contextlib.nullcontext()
 
 
-def _batches(split: ImageSplit, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
+def batch_positions(split: ImageSplit, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """Positions of `steps` batches: every image once per epoch, in a fresh order each."""
     generator = torch.Generator().manual_seed(seed)
     count = len(split.labels)
@@ -77,7 +77,8 @@ def _optimizer(
     return torch.optim.AdamW(parameters, learning_rate, weight_decay=decay, fused=True)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: on the accelerator, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -108,7 +109,7 @@ def fit(
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
     begin = time.perf_counter()
-    batches = track(_batches(split, settings.batch_size, steps, seed), steps, "training")
+    batches = track(batch_positions(split, settings.batch_size, steps, seed), steps, "training")
     for step, positions in enumerate(batches):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
         with precision_context(device, settings.precision):
@@ -122,7 +123,7 @@ def fit(
         if step % max(1, steps // CURVE_POINTS) == 0 or step == steps - 1:
             curve.append((step, _finite(value.item(), step, learning_rate)))
     seconds = time.perf_counter() - begin
-    return TrainingRecord(steps * settings.batch_size, seconds, _peak_memory(device), curve)
+    return TrainingRecord(steps * settings.batch_size, seconds, peak_memory(device), curve)
 
 
 def _finite(value: float, step: int, learning_rate: float) -> float:

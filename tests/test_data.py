@@ -92,5 +92,6 @@ def test_cifar_binaries_are_read_and_checked(tmp_path):
 
 def test_test_images_are_evenly_spread():
     assert spread(10_000, 500).tolist() == list(range(0, 10_000, 20))
-    assert len(spread(10, 7)) == 7
+    assert spread(10, 7).tolist() == [0, 1, 2, 4, 5, 7, 8]
+    assert spread(900, 500).tolist()[-1] == 898
     assert len(spread(5, 100)) == 5

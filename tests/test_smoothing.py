@@ -1,5 +1,6 @@
 """The certificate: closed forms, error rates that can fail, independence of scheduling."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from torch import nn
 
 from bench.backbones import create_classifier
 from bench.config import BackboneSettings
+from bench.errors import BenchError
 from bench.smoothing import Protocol, certify, reachable_radii
 from bench.smoothing.bounds import certified_radius, p_a_lower, radius_cap
 from bench.smoothing.journal import Journal
 from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
+from bench.smoothing.rules import plan_of
 from bench.smoothing.voting import count_votes, items_of
 
 CPU = torch.device("cpu")
@@ -50,7 +53,7 @@ def certificates(images, settings, ids=None, model=None, labels=None, journal=No
     """Certificates in the order of the ids, the time column set to 0."""
     ids = ids or list(range(len(images)))
     labels = labels or [1] * len(ids)
-    found = certify(model or Linear(), images, labels, ids, settings, 2, journal)
+    found = certify((model or Linear()).eval(), images, labels, ids, settings, 2, journal)
     rows = [{**asdict(certificate), "time": 0.0} for certificate in found]
     return sorted(rows, key=lambda row: row["idx"])
 
@@ -230,7 +233,7 @@ def killing(rows):
         os.kill(os.getpid(), signal.SIGKILL)
 journal.append = killing
 images = torch.rand(23, *SHAPE, generator=torch.Generator().manual_seed(2)) * 0.2
-list(certify(Linear(), images, [1] * 23, list(range(23)), protocol(mode=mode), 2, journal))
+list(certify(Linear().eval(), images, [1] * 23, list(range(23)), protocol(mode=mode), 2, journal))
 """
 
 
@@ -277,6 +280,51 @@ def test_a_finished_run_extends_to_what_a_longer_one_finds(tmp_path):
     gains = [a["radius"] - b["radius"] for a, b in zip(extended, short, strict=True)]
     assert min(gains) >= 0
     assert max(gains) > 0
+
+
+def test_a_damaged_or_held_journal_certifies_nothing(tmp_path):
+    images, settings = torch.zeros(3, *SHAPE), protocol(mode="decide")
+    path = tmp_path / "votes.jsonl"
+    certificates(images, settings, model=Biased(0.8), journal=Journal(path, "a"))
+    lines = path.read_text().splitlines(keepends=True)
+    estimates = [place for place, line in enumerate(lines) if '"estimation"' in line]
+    row = json.loads(lines[estimates[0]])
+    row["votes"]["0"] = row["votes"].get("0", 0) + 3
+    damages = {
+        "a row is missing": [line for place, line in enumerate(lines) if place != estimates[0]],
+        "votes do not add up": [*lines[: estimates[0]], json.dumps(row) + "\n"],
+        "a line is garbled": [lines[0], "garbled\n", *lines[1:]],
+    }
+    for damage, kept in damages.items():
+        path.write_text("".join(kept))
+        with pytest.raises(BenchError, match="damaged"):
+            certificates(images, settings, model=Biased(0.8), journal=Journal(path, "a"))
+        assert path.read_text() == "".join(kept), damage
+    path.unlink()
+    held = Journal(path, "a")
+    with pytest.raises(BenchError, match="another run"):
+        Journal(path, "a")
+    del held
+    Journal(path, "a")
+
+
+def test_a_family_shares_alpha_in_the_sequential_test_too():
+    assert plan_of(protocol(mode="decide", family_size=10)).alpha == pytest.approx(0.0001)
+
+
+def test_what_cannot_be_certified_is_refused():
+    images, settings = torch.zeros(2, *SHAPE), protocol(mode="decide")
+    for model, labels, ids, message in (
+        (Linear().train(), [0, 1], [0, 1], "training mode"),
+        (Linear().eval(), [0, 2], [0, 1], "labels"),
+        (Linear().eval(), [0, -1], [0, 1], "labels"),
+        (Linear().eval(), [0, 1], [5, 5], "every id"),
+        (Linear().eval(), [0], [0, 1], "as many"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(certify(model, images, labels, ids, settings, 2))
+    with pytest.raises(ValueError, match="expected 3 per image"):
+        list(certify(Linear().eval(), images, [0, 1], [0, 1], settings, 3))
 
 
 def test_partial_blocks_count_exactly_the_wanted_draws():

@@ -95,8 +95,9 @@ def test_every_trial_has_the_budget_of_tuning_and_no_method_changes(with_grids, 
         assert with_grids.method_training(name) == smoke.method_training(name)
         where = (name, 0.5, 0)
         assert with_grids.training_fingerprint(*where) == smoke.training_fingerprint(*where)
-    fingerprints = {with_grids.training_fingerprint(t, 0.5, 0) for t in with_grids.trials()}
-    assert len(fingerprints) == len(with_grids.trials())
+    # At one budget this is the same training as gaussian_retraining.
+    trials = [t for t in with_grids.trials() if not t.startswith("gaussian_retraining_full")]
+    assert len({with_grids.training_fingerprint(t, 0.5, 0) for t in trials}) == len(trials)
 
 
 def test_size_and_rate_are_picked_together_and_ties_go_to_the_smaller_size(with_grids, tmp_path):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class DnCNN(nn.Module):
     """Predicts the noise with `depth` 3x3 convolutions of `width` channels and subtracts it.
 
-    Salman et al. use depth 17 and width 64.
+    Salman et al. use depth 17 and width 64, or 128 in their wide one.
     """
 
     def __init__(self, channels: int, depth: int, width: int):
@@ -16,7 +16,7 @@ class DnCNN(nn.Module):
         for _ in range(depth - 2):
             inner = nn.Conv2d(width, width, 3, padding=1, bias=False)
             layers += [inner, nn.BatchNorm2d(width), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1, bias=False))
 
     def forward(self, noisy: Tensor) -> Tensor:
         """Denoised pixels `(B, C, H, W)`, in float32 whatever the weights' type."""

@@ -1,7 +1,14 @@
+from baselines.denoised_smoothing.settings import DenoiserSettings
+
+check(DenoiserSettings)
+
+
 use rule train as train_denoiser with:
     input:
         data=DATA,
         base=BASE,
+        denoiser=denoiser_of,
+        surrogates=surrogates_of,
         code=[*TRAIN_CODE, *code_of("baselines/denoised_smoothing")],
     wildcard_constraints:
         method=methods_of("denoised_smoothing"),

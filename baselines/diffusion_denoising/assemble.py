@@ -1,39 +1,58 @@
 """Put the trained diffusion model in front of the frozen base classifier, for one sigma."""
 
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from baselines.command import BaselineJob, run_baseline
-from baselines.diffusion_denoising.denoiser import OneStepDenoiser
+from baselines.diffusion_denoising.denoiser import DiffusionDenoiser
 from baselines.diffusion_denoising.settings import DiffusionSettings
 from bench.cost import inference_flops
 from bench.errors import BenchError
 from bench.files import read_json
-from bench.jobs import base_flops, load_base
+from bench.jobs import base_flops, load_base, validation
 from bench.model_folder import Component, save_model, spec_of, training_report
-from bench.training import accuracy
+
+
+def denoiser_at(
+    job: BaselineJob, settings: DiffusionSettings, trained: Path
+) -> tuple[DiffusionDenoiser, Component]:
+    """The diffusion model of folder `trained` as the denoiser of the job's sigma.
+
+    Raises:
+        BenchError: the UNet never saw one of the time steps in its training.
+    """
+    arguments: dict[str, Any] = {
+        "sigma": job.sigma,
+        "unet": read_json(trained / "config.json"),
+        "scheduler": read_json(trained / "scheduler_config.json"),
+        "timestep": settings.timestep,
+        "steps": settings.steps,
+        "votes": settings.votes,
+    }
+    denoiser = DiffusionDenoiser(**arguments)
+    denoiser.unet.load_state_dict(load_file(trained / "diffusion_pytorch_model.safetensors"))
+    for t, _ in denoiser.times:
+        if not settings.timesteps_low <= t < settings.timesteps_high:
+            raise BenchError(
+                f"methods.{job.method}.settings: sigma = {job.sigma} needs time step {t:g}, "
+                "outside of timesteps_low and timesteps_high, which the training sees: widen them"
+            )
+    factory = f"{DiffusionDenoiser.__module__}:{DiffusionDenoiser.__qualname__}"
+    return denoiser, Component(factory=factory, arguments=arguments)
 
 
 def assemble(job: BaselineJob) -> None:
     """Write the model folder of one sigma; the UNet lies where `train` wrote it."""
-    settings = job.settings_as(DiffusionSettings)
+    settings = DiffusionSettings.of(job.experiment, job.method)
     trained = job.output.parents[1] / "unet" / job.output.name
     cost = read_json(trained / "cost.json")
     expected = job.experiment.training_fingerprint(job.method, 0.0, job.seed)
     if cost.pop("fingerprint") != expected:
         raise BenchError(f"{trained} was trained with other settings: train it again")
-    arguments: dict[str, Any] = {
-        "sigma": job.sigma,
-        "channels": job.data.shape[0],
-        "size": job.data.shape[1],
-        "stage_channels": settings.stage_channels,
-        "layers_per_block": settings.layers_per_block,
-    }
-    denoiser = OneStepDenoiser(**arguments)
-    denoiser.unet.load_state_dict(load_file(trained / "diffusion_pytorch_model.safetensors"))
     classifier = load_base(job.experiment, job.base_folder).requires_grad_(False)
-    classifier.denoiser = denoiser
+    classifier.denoiser, component = denoiser_at(job, settings, trained)
     classifier.to(job.device).eval()
     cost |= {
         "head_parameters": 0,
@@ -43,12 +62,8 @@ def assemble(job: BaselineJob) -> None:
         "queries": 0,
     }
     report = training_report(None, job.device, job.data, job.training.model_dump())
-    report["validation_sigma"] = job.sigma
-    report["validation_accuracy"] = accuracy(classifier, job.data.validation, job.sigma, job.seed)
-    factory = f"{OneStepDenoiser.__module__}:{OneStepDenoiser.__qualname__}"
-    spec = spec_of(
-        job.experiment, job.data, denoiser=Component(factory=factory, arguments=arguments)
-    )
+    report |= validation(classifier, job.data, job.sigma, job.seed)
+    spec = spec_of(job.experiment, job.data, denoiser=component)
     save_model(job.output, classifier, spec, job.identity, cost, report)
 
 

@@ -1,6 +1,14 @@
+from baselines.diffusion_denoising.settings import DiffusionSettings
+
+check(DiffusionSettings)
+
+
 rule train_diffusion:
     input:
         data=DATA,
+        pretrained=lambda wildcards: DiffusionSettings.of(
+            EXPERIMENT, wildcards.method
+        ).local_files,
         code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
     output:
         unet=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/diffusion_pytorch_model.safetensors",

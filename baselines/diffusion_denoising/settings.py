@@ -1,25 +1,66 @@
 """Keys of `settings` for methods of this baseline."""
 
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 
-from bench.config import Settings
+from baselines.settings import BaselineSettings
+from bench.config import Experiment
+from bench.errors import BenchError
 
 
-class DiffusionSettings(Settings):
-    """Shape of the UNet and the window of time steps it is trained on (of 1000)."""
+class DiffusionSettings(BaselineSettings):
+    """The diffusion model, own (`channels`) or others' (`pretrained`), and how it denoises."""
 
-    channels: str
+    baseline: ClassVar[str] = "diffusion_denoising"
+    refused: ClassVar[tuple[str, ...]] = (
+        "objective",
+        "parameterization",
+        "denoiser",
+        "surrogates",
+    )
+
+    channels: str | None = None
+    pretrained: str | None = None
     layers_per_block: PositiveInt = 1
     timesteps_low: NonNegativeInt = 0
     timesteps_high: PositiveInt = 1000
+    timestep: Literal["carlini", "matched"] = "carlini"
+    steps: PositiveInt = 1
+    votes: PositiveInt = 1
 
     @property
     def stage_channels(self) -> list[int]:
         """Channels of each resolution, e.g. `16,32,32`."""
-        return [int(part) for part in self.channels.split(",")]
+        return [int(part) for part in (self.channels or "").split(",")]
+
+    @property
+    def local_files(self) -> list[str]:
+        """Weights of a `pretrained` that is a folder of this machine."""
+        if self.pretrained is None:
+            return []
+        return sorted(str(path) for path in Path(self.pretrained).rglob("*.safetensors"))
 
     @model_validator(mode="after")
-    def _window(self) -> "DiffusionSettings":
+    def _consistent(self) -> Self:
         if not self.timesteps_low < self.timesteps_high <= 1000:
             raise ValueError("timesteps_low < timesteps_high <= 1000 must hold")
+        if (self.channels is None) == (self.pretrained is None):
+            raise ValueError("give either channels (to train a UNet) or pretrained (to take one)")
+        if self.votes > 1 and self.steps == 1:
+            raise ValueError("one step has no randomness to vote about: raise steps or drop votes")
         return self
+
+    @classmethod
+    def of(cls, experiment: Experiment, method: str) -> Self:
+        """The settings of one method.
+
+        Raises:
+            BenchError: names the method and the offending key.
+        """
+        found, trains = super().of(experiment, method), experiment.point(method).trains
+        if trains == (found.pretrained is not None):
+            cure = "is missing: the UNet is trained" if found.channels else "has no use: remove it"
+            raise BenchError(f"methods.{method}.learning_rate {cure}")
+        return found

@@ -1,17 +1,21 @@
-"""Train the diffusion model once for all sigmas (`--sigma 0` names no noise level)."""
+"""Train the diffusion model once for all sigmas (`--sigma 0` names no noise level), or take one."""
+
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Generator, Tensor
 
 from baselines.command import BaselineJob, run_baseline
-from baselines.diffusion_denoising.denoiser import build_unet, ddpm_scheduler
+from baselines.diffusion_denoising.denoiser import ddpm_scheduler, unet_config
 from baselines.diffusion_denoising.settings import DiffusionSettings
 from bench.cost import training_flops
+from bench.errors import BenchError
 from bench.files import atomic_write, write_json
-from bench.training import BatchLoss, fit
+from bench.training import BatchLoss, TrainingRecord, fit
 
 EMA_DECAY = 0.995
 
@@ -30,11 +34,40 @@ def noise_prediction(unet: UNet2DModel, settings: DiffusionSettings) -> BatchLos
     return loss
 
 
-def train_unet(job: BaselineJob) -> None:
-    """Train the UNet and write its averaged weights in diffusers' format, and `cost.json`."""
-    settings = job.settings_as(DiffusionSettings)
+def take_pretrained(job: BaselineJob, source: str) -> tuple[UNet2DModel, DDPMScheduler]:
+    """The UNet and schedule of a diffusers folder, or of one on the Hugging Face hub.
+
+    Raises:
+        BenchError: it cannot be had without pickle, or does not fit the data.
+    """
+    key = f"methods.{job.method}.settings.pretrained = {source}"
+    nested = (Path(source) / "unet").is_dir()
+    places = {"unet": "unet", "scheduler": "scheduler"} if nested else {}
+    try:
+        unet = UNet2DModel.from_pretrained(
+            source, subfolder=places.get("unet"), use_safetensors=True
+        )
+        scheduler = DDPMScheduler.from_pretrained(source, subfolder=places.get("scheduler"))
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{key}: no diffusers model with safetensors there ({error})") from None
     channels, size = job.data.shape[:2]
-    unet = build_unet(channels, size, settings.stage_channels, settings.layers_per_block)
+    wanted: dict[str, object] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "sample_size": size,
+        "prediction_type": "epsilon",
+    }
+    config = {**unet.config, **scheduler.config}
+    found = {name: config[name] for name in wanted}
+    if found != wanted:
+        raise BenchError(f"{key} has {found}; {job.data.name} needs {wanted}: name another model")
+    return unet, scheduler
+
+
+def fit_unet(
+    job: BaselineJob, settings: DiffusionSettings, unet: UNet2DModel
+) -> tuple[TrainingRecord, int]:
+    """Train the UNet, leave its averaged weights in it; also count the FLOPs."""
     unet.to(job.device)
     average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     loss = noise_prediction(unet, settings)
@@ -49,21 +82,35 @@ def train_unet(job: BaselineJob) -> None:
         after_step=lambda: average.step(unet.parameters()),
     )
     average.copy_to(unet.parameters())
-    unet.save_pretrained(job.output)
-    ddpm_scheduler().save_pretrained(job.output)
-    with atomic_write(job.output / "loss.txt") as temporary:
-        temporary.write_text("".join(f"{step} {value}\n" for step, value in record.loss_curve))
-    write_json(
-        job.output / "cost.json",
-        {
+    return record, flops
+
+
+def train_unet(job: BaselineJob) -> None:
+    """Train or take the UNet; write it in diffusers' format, and `cost.json`."""
+    settings = DiffusionSettings.of(job.experiment, job.method)
+    cost: dict[str, Any] = dict.fromkeys(
+        ("training_flops", "trainable_parameters", "training_images", "peak_memory_bytes"), 0
+    )
+    cost["training_seconds"] = 0.0
+    if settings.pretrained is not None:
+        unet, scheduler = take_pretrained(job, settings.pretrained)
+    else:
+        channels, size = job.data.shape[:2]
+        shape = (channels, size, settings.stage_channels, settings.layers_per_block)
+        unet, scheduler = UNet2DModel.from_config(unet_config(*shape)), ddpm_scheduler()
+        record, flops = fit_unet(job, settings, unet)
+        cost |= {
             "training_flops": flops,
             "trainable_parameters": sum(p.numel() for p in unet.parameters()),
             "training_images": record.images,
             "training_seconds": record.seconds,
             "peak_memory_bytes": record.peak_memory_bytes,
-            "fingerprint": job.identity.fingerprint,
-        },
-    )
+        }
+        with atomic_write(job.output / "loss.txt") as temporary:
+            temporary.write_text("".join(f"{step} {value}\n" for step, value in record.loss_curve))
+    unet.save_pretrained(job.output)
+    scheduler.save_pretrained(job.output)
+    write_json(job.output / "cost.json", {**cost, "fingerprint": job.identity.fingerprint})
 
 
 if __name__ == "__main__":

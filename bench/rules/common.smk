@@ -27,6 +27,7 @@ validate(config, "../experiment.schema.json", set_default=False)
 RESULTS = f"results/{EXPERIMENT.name}"
 FIGURES = f"figures/{EXPERIMENT.name}"
 MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
+SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SIGMAS = [sigma_text(sigma) for sigma in EXPERIMENT.sigmas]
 NEVER = r"(?!)"
@@ -48,9 +49,39 @@ def code_of(*places):
     return [str(path) for path in files]
 
 
+def denoiser_of(wildcards):
+    """Model folder of the method whose denoiser stands in front, if one does."""
+    shared = EXPERIMENT.point(wildcards.method).denoiser
+    if shared is None:
+        return []
+    place = {"sigma": wildcards.sigma, "seed": wildcards.seed}
+    return [f"{MODEL}/classifier.json".format(method=shared.of, **place)]
+
+
+def surrogates_of(wildcards):
+    """Model folders of the classifiers that stand in for the certified one in training."""
+    names = EXPERIMENT.point(wildcards.method).surrogates
+    return [f"{SURROGATE}/classifier.json".format(surrogate=name) for name in names]
+
+
+def denoiser_option(wildcards, input):
+    """The `--denoiser` argument of trainings that take another method's."""
+    return " ".join(f"--denoiser {Path(p).parent}" for p in input.get("denoiser", []))
+
+
 def base_option(wildcards, input):
-    """The `--base` argument of trainings that start from the base classifier."""
-    return f"--base {Path(input.base[0]).parent}"
+    """The arguments that name the model folders which a training starts from."""
+    surrogates = [f"--surrogate {Path(p).parent}" for p in input.get("surrogates", [])]
+    named = [f"--base {Path(input.base[0]).parent}", *surrogates]
+    return " ".join([*named, denoiser_option(wildcards, input)])
+
+
+def check(settings):
+    """Stop before any job where a method's keys do not fit its baseline."""
+    try:
+        settings.check(EXPERIMENT)
+    except BenchError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def planned_training(wildcards):

@@ -21,19 +21,43 @@ rule pretrain:
     params:
         experiment=EXPERIMENT_FILE,
         folder=subpath(output[0], parent=True),
+        surrogate="",
         expect=EXPERIMENT.base_fingerprint,
     shell:
-        "python -m bench pretrain --experiment {params.experiment}"
+        "python -m bench pretrain --experiment {params.experiment} {params.surrogate}"
         " --output {params.folder} --expect {params.expect} > {log} 2>&1"
 
 
 BASE = rules.pretrain.output
 
 
+use rule pretrain as pretrain_surrogate with:
+    output:
+        multiext(
+            f"{SURROGATE}/",
+            "classifier.json",
+            "model.safetensors",
+            "training.json",
+            "cost.json",
+        ),
+    log:
+        f"{RESULTS}/logs/pretrain_surrogate/{{surrogate}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/pretrain_surrogate/{{surrogate}}.tsv"
+    wildcard_constraints:
+        surrogate="|".join(EXPERIMENT.surrogates) or NEVER,
+    params:
+        experiment=EXPERIMENT_FILE,
+        folder=subpath(output[0], parent=True),
+        surrogate="--surrogate {surrogate}",
+        expect=lambda wildcards: EXPERIMENT.surrogate_fingerprint(wildcards.surrogate),
+
+
 rule train:
     input:
         data=DATA,
         base=BASE,
+        denoiser=denoiser_of,
         code=TRAIN_CODE,
     output:
         classifier=f"{MODEL}/classifier.json",

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bench.smoothing.journal import Journal
+from bench.smoothing.journal import Journal, Kept
 from bench.smoothing.noise import BLOCK
 from bench.smoothing.protocol import Protocol
 from bench.smoothing.rules import Rule, Tally, Verdict, rule_of
@@ -65,7 +65,13 @@ def certify(
         protocol: what the certificates mean.
         classes: number of classes.
         journal: keeps votes as rounds end and gives back those of an interrupted run.
+
+    Raises:
+        ValueError: a layer is in training mode, whose batch statistics would couple the draws;
+            labels are no classes; ids repeat; or the lengths differ.
+        BenchError: the journal is damaged.
     """
+    _check(classifier, images, labels, ids, classes)
     run = _Run(classifier, images, protocol, classes, journal)
     clean = clean_votes(classifier, images, protocol.batch_size, classes)
     waiting = iter([run.open(*image) for image in zip(ids, labels, range(len(ids)), strict=True)])
@@ -77,6 +83,17 @@ def certify(
         pool = [tally for tally in pool if not tally.done]
         if pool:
             run.draw_round(pool)
+
+
+def _check(
+    classifier: nn.Module, images: Tensor, labels: list[int], ids: list[int], classes: int
+) -> None:
+    if any(module.training for module in classifier.modules()):
+        raise ValueError("the classifier is in training mode: call eval() first")
+    if not len(images) == len(labels) == len(ids) == len(set(ids)):
+        raise ValueError("images, labels and ids must be as many, and every id another")
+    if not all(0 <= label < classes for label in labels):
+        raise ValueError(f"labels must lie in 0..{classes - 1}")
 
 
 def _certificate(tally: Tally, verdict: Verdict, clean_predict: int) -> Certificate:
@@ -127,10 +144,10 @@ class _Run:
         self._advance(tally)
         if self.journal is not None:
             for domain in (PILOT, self.rule.domain):
-                for drawn, votes in self.journal.read(idx, domain, bins):
+                for kept in self.journal.read(idx, domain, bins):
                     # A run that was to draw more may have left rows beyond this one's end.
                     if not tally.done:
-                        self._absorb(tally, domain, drawn, votes)
+                        self._resume(tally, domain, kept)
         return tally
 
     def _advance(self, tally: Tally) -> None:
@@ -144,11 +161,23 @@ class _Run:
             tally.goal = self.rule.next_goal(tally)
             tally.done = tally.goal == tally.drawn
 
-    def _absorb(self, tally: Tally, domain: str, drawn: int, votes: NDArray[np.int64]) -> None:
+    def _resume(self, tally: Tally, domain: str, kept: Kept) -> None:
+        """Take over a round of the journal, if it is one that this run would draw next.
+
+        A round that jumps over a look would be judged by another look's boundary.
+        """
+        assert self.journal is not None
+        wanted, start, stop = self._pending(tally)
+        if domain != wanted or not start < kept.drawn <= stop:
+            raise self.journal.damaged()
+        self._absorb(tally, domain, kept)
+
+    def _absorb(self, tally: Tally, domain: str, kept: Kept) -> None:
+        tally.seconds = kept.seconds
         if domain == PILOT:
-            tally.piloted, tally.selection = drawn, votes
+            tally.piloted, tally.selection = kept.drawn, kept.votes
         else:
-            tally.drawn, tally.votes = drawn, votes
+            tally.drawn, tally.votes = kept.drawn, kept.votes
         self._advance(tally)
 
     def _pending(self, tally: Tally) -> tuple[str, int, int]:
@@ -191,8 +220,8 @@ class _Run:
         kept = []
         for (tally, domain, drawn, items), new in zip(touched, votes, strict=True):
             before = tally.selection if domain == PILOT else tally.votes
-            kept.append((tally.idx, domain, drawn, before + new))
-            tally.seconds += seconds_per_item * items
+            seconds = tally.seconds + seconds_per_item * items
+            kept.append((tally.idx, domain, Kept(drawn, before + new, seconds)))
             self._absorb(tally, *kept[-1][1:])
         if self.journal is not None:
             self.journal.append(kept)

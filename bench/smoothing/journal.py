@@ -1,52 +1,97 @@
 """Votes on disk as rounds end: a kill loses at most one round, a finished run can go on."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.files import atomic_write
+from bench.errors import BenchError
+
+
+class Kept(NamedTuple):
+    """Draws, votes `(bins,)` and seconds of one image in one domain after a round."""
+
+    drawn: int
+    votes: NDArray[np.int64]
+    seconds: float
 
 
 class Journal:
-    """Append-only file of cumulative votes, valid for one meaning.
+    """Append-only file of cumulative votes, valid for one meaning, held by one run at a time.
 
     Args:
         path: JSON lines; the first names the meaning.
         meaning: hash of all that the votes depend on. A file with another one starts afresh.
+
+    Raises:
+        BenchError: another run writes the file, or it is damaged.
     """
 
     def __init__(self, path: Path, meaning: str):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        lines = path.read_text().split("\n") if path.exists() else []
+        # One descriptor for the whole run: what another run does to the name cannot mix votes.
+        self._stream = path.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"{path} is being written by another run: wait, or stop it") from None
+        self._stream.seek(0)
         # The last piece is empty, or a line that a kill cut off.
-        rows = [json.loads(line) for line in lines[:-1]]
-        kept = rows[1:] if rows[:1] == [{"meaning": meaning}] else []
-        with atomic_write(path) as temporary:
-            text = [json.dumps(row) + "\n" for row in [{"meaning": meaning}, *kept]]
-            temporary.write_text("".join(text))
+        *lines, torn = self._stream.read().split(b"\n")
+        rows = self._parse(lines)
+        if rows[:1] != [{"meaning": meaning}]:
+            rows, torn = [], b""
+            self._stream.truncate(0)
+            self._write([{"meaning": meaning}])
+        if torn:
+            self._stream.truncate(self._stream.tell() - len(torn))
         self._rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for row in kept:
+        for row in rows[1:]:
             self._rows.setdefault((row["idx"], row["domain"]), []).append(row)
 
-    def read(self, idx: int, domain: str, bins: int) -> list[tuple[int, NDArray[np.int64]]]:
-        """Draws and votes `(bins,)` of an image after each round of an earlier run."""
-        found = []
+    def _parse(self, lines: list[bytes]) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError:
+            raise self.damaged() from None
+
+    def damaged(self) -> BenchError:
+        """What to raise when a row cannot be."""
+        return BenchError(f"{self.path} is damaged: delete it and certify again")
+
+    def read(self, idx: int, domain: str, bins: int) -> list[Kept]:
+        """What an earlier run kept of an image, round by round.
+
+        Raises:
+            BenchError: votes do not add up to draws, or take back earlier ones.
+        """
+        found: list[Kept] = []
+        before = np.zeros(bins, np.int64)
         for row in self._rows.get((idx, domain), []):
             votes = np.zeros(bins, np.int64)
             for place, count in row["votes"].items():
                 votes[int(place)] = count
-            found.append((int(row["drawn"]), votes))
+            if votes.sum() != row["drawn"] or (votes < before).any() or (votes == before).all():
+                raise self.damaged()
+            found.append(Kept(int(row["drawn"]), votes, float(row["seconds"])))
+            before = votes
         return found
 
-    def append(self, rows: list[tuple[int, str, int, NDArray[np.int64]]]) -> None:
-        """Keep a round: image, domain, draws and votes so far of each image that it touched."""
-        text = []
-        for idx, domain, drawn, votes in rows:
-            sparse = {str(place): int(votes[place]) for place in np.flatnonzero(votes)}
-            row = {"idx": idx, "domain": domain, "drawn": drawn, "votes": sparse}
-            text.append(json.dumps(row) + "\n")
-        with self.path.open("a") as stream:
-            stream.write("".join(text))
+    def append(self, rows: list[tuple[int, str, Kept]]) -> None:
+        """Keep a round: image, domain and votes so far of each image that it touched."""
+        written = []
+        for idx, domain, kept in rows:
+            sparse = {str(place): int(kept.votes[place]) for place in np.flatnonzero(kept.votes)}
+            row = {"idx": idx, "domain": domain, "drawn": kept.drawn, "votes": sparse}
+            written.append({**row, "seconds": round(kept.seconds, 6)})
+        self._write(written)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        self._stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._stream.flush()
+        os.fsync(self._stream.fileno())

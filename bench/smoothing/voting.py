@@ -39,7 +39,13 @@ def items_of(
 
 
 def vote(logits: Tensor, classes: int) -> Tensor:
-    """Predicted classes `(B,)`; non-finite logits vote for the extra class `classes`."""
+    """Predicted classes `(B,)`; non-finite logits vote for the extra class `classes`.
+
+    Raises:
+        ValueError: there are not `classes` logits per image; others would count elsewhere.
+    """
+    if logits.ndim != 2 or logits.shape[1] != classes:
+        raise ValueError(f"logits are {tuple(logits.shape)}, expected {classes} per image")
     finite = torch.isfinite(logits).all(dim=1)
     return torch.where(finite, logits.float().argmax(dim=1), classes)
 
@@ -68,9 +74,11 @@ def count_votes(
     counts = torch.zeros(rows * (classes + 1), dtype=torch.int64, device=device)
     for start in range(0, len(work), per_batch):
         row, position, first, stop = table[start : start + per_batch].T[:, :, None]
-        noise = standard_normal(keys[start : start + per_batch], images.shape[1:])
-        clean = images[position.expand(-1, BLOCK).flatten()]
-        votes = vote(classifier(noise.mul_(sigma).add_(clean)), classes).view(-1, BLOCK)
+        noisy = standard_normal(keys[start : start + per_batch], images.shape[1:]).mul_(sigma)
+        noisy += images[position.expand(-1, BLOCK).flatten()]
+        votes = vote(classifier(noisy), classes).view(-1, BLOCK)
+        # At 224 pixels a batch is half a gigabyte, and the next one is made before this one goes.
+        del noisy
         wanted = (offsets >= first) & (offsets < stop)
         counts.scatter_add_(
             0, (row * (classes + 1) + votes).flatten(), wanted.flatten().to(torch.int64)
@@ -83,7 +91,8 @@ def clean_votes(
     classifier: nn.Module, images: Tensor, batch_size: int, classes: int
 ) -> NDArray[np.int64]:
     """Predicted classes of clean `images` `(N, C, H, W)`, in batches of the same fixed shape."""
-    padding = -len(images) % batch_size
-    padded = torch.cat([images, images[-1:].expand(padding, *images.shape[1:])])
-    votes = [vote(classifier(batch), classes) for batch in padded.split(batch_size)]
+    votes = []
+    for batch in images.split(batch_size):
+        padding = images[-1:].expand(batch_size - len(batch), *images.shape[1:])
+        votes.append(vote(classifier(torch.cat([batch, padding])), classes))
     return np.asarray(torch.cat(votes)[: len(images)].cpu().numpy())

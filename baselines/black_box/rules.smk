@@ -1,0 +1,17 @@
+from baselines.black_box.settings import BlackBoxSettings
+
+check(BlackBoxSettings)
+
+
+use rule train as train_black_box with:
+    input:
+        data=DATA,
+        base=BASE,
+        code=[*TRAIN_CODE, *code_of("bench/remote.py", "baselines/black_box")],
+    wildcard_constraints:
+        method=methods_of("black_box"),
+    params:
+        experiment=EXPERIMENT_FILE,
+        program="baselines.black_box.train",
+        base=base_option,
+        expect=planned_training,

@@ -1,0 +1,38 @@
+"""Keys of `settings` for methods of this baseline."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from baselines.settings import BaselineSettings
+from bench.config import Access
+
+
+class BlackBoxSettings(BaselineSettings):
+    """What the black box shows, which prompt is trained, and how SPSA-GC spends the queries.
+
+    Step k = 1, 2, ... moves by a_k = a / (k + o)^alpha and perturbs by c_k = c / k^gamma; a is the
+    method's learning rate.
+    """
+
+    baseline: ClassVar[str] = "black_box"
+    refused: ClassVar[tuple[str, ...]] = (
+        "objective",
+        "parameterization",
+        "surrogates",
+        "denoiser",
+    )
+
+    access: Access = "logits"
+    prompt: Literal["coordinator", "constant"] = "coordinator"
+    url: str | None = Field(default=None, pattern=r"^https?://")
+    queries: PositiveInt = 500_000
+    checks: PositiveInt = 8
+    fall: PositiveFloat = 0.05
+    draws: PositiveInt = 1
+    averages: PositiveInt = 5
+    c: PositiveFloat = 0.01
+    o: NonNegativeFloat = 1.0
+    alpha: NonNegativeFloat = 0.4
+    gamma: NonNegativeFloat = 0.1
+    momentum: float = Field(default=0.9, ge=0, lt=1)

@@ -1,0 +1,107 @@
+"""Train a prompt in front of a black box and write the model folder of both."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from baselines.black_box.prompts import ConstantPrompt, Coordinator
+from baselines.black_box.search import Progress, Prompted, Search
+from baselines.black_box.settings import BlackBoxSettings
+from baselines.command import BaselineJob, run_baseline
+from bench.backbones import Classifier
+from bench.config import RemoteSettings
+from bench.cost import count_flops
+from bench.jobs import base_flops, cost_report, load_base
+from bench.model_folder import Component, save_model, spec_of, training_report
+from bench.remote import Ledger, RemoteClassifier, RemoteModel, as_scores, show
+from bench.training import TrainingRecord, peak_memory
+
+PROMPTS = {"coordinator": Coordinator, "constant": ConstantPrompt}
+
+
+def black_box(
+    job: BaselineJob, settings: BlackBoxSettings, ledger: Ledger
+) -> tuple[Classifier, Prompted]:
+    """The classifier that is to be saved, and the way to query it that training gets."""
+    if settings.url is not None:
+        remote = RemoteSettings(url=settings.url, access=settings.access)
+        served = RemoteModel(remote, ledger)
+        return RemoteClassifier(served).to(job.device), Prompted(nn.Identity(), served)
+    classifier = load_base(job.experiment, job.base_folder).requires_grad_(False).to(job.device)
+    asked = copy.deepcopy(classifier).for_inference(job.training.precision)
+
+    def ask(pixels: Tensor) -> Tensor:
+        ledger.spend(len(pixels))
+        shown = show(asked(pixels), settings.access)
+        return as_scores(shown, settings.access, job.data.classes)
+
+    return classifier, Prompted(nn.Identity(), ask)
+
+
+def train_black_box(job: BaselineJob) -> None:
+    """Train the prompt of one method and sigma; write the prompted classifier's folder."""
+    settings = BlackBoxSettings.of(job.experiment, job.method)
+    ledger = Ledger(settings.queries)
+    classifier, model = black_box(job, settings, ledger)
+    factory = PROMPTS[settings.prompt]
+    channels, height, width = job.data.shape
+    arguments: dict[str, Any] = {"channels": channels, "height": height, "width": width}
+    arguments["sigma"] = job.sigma
+    model.prompt = factory(**arguments).to(job.device)
+    search = Search(model, job.data, settings, job.training, job.learning_rate, job.sigma, job.seed)
+    progress = search.run()
+    classifier.denoiser = model.prompt
+    component = Component(
+        factory=f"{factory.__module__}:{factory.__qualname__}", arguments=arguments
+    )
+    spec = spec_of(job.experiment, job.data, denoiser=component)
+    if isinstance(classifier, RemoteClassifier):
+        spec = spec.model_copy(update={"backbone": classifier.network.pinned})
+    cost = cost_of(job, classifier, ledger.spent, progress)
+    save_model(job.output, classifier, spec, job.identity, cost, report_of(job, progress))
+
+
+def cost_of(
+    job: BaselineJob, classifier: Classifier, queries: int, progress: Progress
+) -> dict[str, Any]:
+    """`cost.json`, identity aside; of a served model nothing but its queries is known here."""
+    prompt = classifier.denoiser
+    assert prompt is not None
+    pixels = torch.zeros(1, *job.data.shape, device=job.device)
+    counted = prompt if isinstance(classifier, RemoteClassifier) else classifier
+    with torch.no_grad():
+        flops = count_flops(lambda: counted(pixels), counted)
+    counts = {
+        "trainable_parameters": sum(p.numel() for p in prompt.parameters()),
+        "head_parameters": 0,
+        "total_parameters": sum(p.numel() for p in classifier.parameters()),
+    }
+    # Forward passes alone: there is no gradient.
+    spent = {"training_flops": queries * flops, "inference_flops": flops}
+    cost = cost_report(record_of(progress, job.device), counts, spent)
+    return cost | {"base_training_flops": base_flops(job.base), "queries": queries}
+
+
+def record_of(progress: Progress, device: torch.device) -> TrainingRecord:
+    """The search as `training.json` and `cost.json` report any training."""
+    return TrainingRecord(
+        progress.images, progress.seconds, peak_memory(device), progress.loss_curve
+    )
+
+
+def report_of(job: BaselineJob, progress: Progress) -> dict[str, Any]:
+    """`training.json`, identity aside: also every check, divergence and how the search ended."""
+    record, settings = record_of(progress, job.device), job.training.model_dump()
+    return training_report(record, job.device, job.data, settings) | {
+        "validation_sigma": job.sigma,
+        "validation_accuracy": progress.best_accuracy,
+        "checks": progress.checks,
+        "divergences": progress.divergences,
+        "ended": progress.ended,
+    }
+
+
+if __name__ == "__main__":
+    run_baseline(train_black_box)

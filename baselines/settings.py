@@ -1,0 +1,40 @@
+"""What the `settings` of all baselines can do."""
+
+from typing import ClassVar, Self
+
+from pydantic import ValidationError
+
+from bench.config import Experiment, Settings
+from bench.errors import BenchError
+
+
+class BaselineSettings(Settings):
+    """Base of a baseline's settings, which is named like its folder."""
+
+    baseline: ClassVar[str]
+    # Keys of a method that would have no effect here.
+    refused: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of(cls, experiment: Experiment, method: str) -> Self:
+        """The settings of one method.
+
+        Raises:
+            BenchError: names the method and each offending key.
+        """
+        experiment.refuse_keys(method, *cls.refused)
+        try:
+            return cls.model_validate(experiment.point(method).settings)
+        except ValidationError as error:
+            raise BenchError(f"methods.{method}.settings: {error}") from None
+
+    @classmethod
+    def check(cls, experiment: Experiment) -> None:
+        """Check every method of this baseline.
+
+        Raises:
+            BenchError: as `of`.
+        """
+        for name, method in experiment.methods.items():
+            if method.baseline == cls.baseline:
+                cls.of(experiment, name)

@@ -1,0 +1,71 @@
+"""A reference server: any model folder as a black box over HTTP (docs/black-box.md)."""
+
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI, HTTPException
+
+from bench.backbones import Classifier
+from bench.config import Access
+from bench.files import sha256_json
+from bench.model_folder import load_classifier, read_spec
+from bench.provenance import machine, pick_device
+from bench.remote import Answer, Description, Question, WireArray, show
+
+MAX_BATCH = 1024
+
+
+def create_app(classifier: Classifier, described: Description) -> FastAPI:
+    """The application that answers for `classifier`, one request at a time, one pass each.
+
+    The handlers are coroutines: inference stays in one thread, so that answers do not depend on
+    which thread a request meets.
+    """
+    app = FastAPI(title="bench serve")
+    device = classifier.mean.device
+
+    @app.get("/v1/model")
+    async def model() -> Description:
+        return described
+
+    @app.post("/v1/answers")
+    async def answers(question: Question) -> Answer:
+        images = question.images
+        if images.dtype != "float32" or len(images.shape) != 4 or not images.shape[0]:
+            raise HTTPException(422, "images must be float32 of shape (B, C, H, W)")
+        if images.shape[1] != described.channels:
+            raise HTTPException(422, f"images must have {described.channels} channels")
+        if images.shape[0] > described.max_batch:
+            raise HTTPException(413, f"at most {described.max_batch} images at a time")
+        with torch.inference_mode():
+            shown = show(classifier(images.tensor().to(device)), described.access)
+        return Answer(answers=WireArray.of(shown))
+
+    return app
+
+
+def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
+    """The application that serves a model folder.
+
+    Raises:
+        BenchError: the folder is no model folder.
+    """
+    spec, device = read_spec(folder), pick_device()
+    classifier = load_classifier(folder).for_inference(precision).to(device)
+    # All that the answers' bits depend on.
+    model = sha256_json([spec.model_dump(), precision, torch.__version__, machine(device)])
+    described = Description(
+        model=model,
+        access=access,
+        classes=spec.classes,
+        channels=spec.channels,
+        max_batch=MAX_BATCH,
+    )
+    return create_app(classifier, described)
+
+
+def serve(folder: Path, access: Access, precision: str, host: str, port: int) -> None:
+    """Serve a model folder until interrupted."""
+    import uvicorn
+
+    uvicorn.run(app_of(folder, access, precision), host=host, port=port, log_level="warning")
