@@ -33,4 +33,6 @@ if BASE_DATA != DATA:
             f"{RESULTS}/benchmarks/fetch_base_data.tsv"
         params:
             name=EXPERIMENT.base_data.name,
-            directory=lambda wildcards, output: os.path.dirname(os.path.dirname(output[0])),
+            directory=lambda wildcards, output: os.path.dirname(
+                os.path.dirname(output[0])
+            ),
