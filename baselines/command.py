@@ -115,6 +115,7 @@ def run_baseline(train: Callable[[BaselineJob], None]) -> None:
         expect: Expect = None,
     ) -> None:
         settings = experiment_with(experiment, method)
+        sigma = settings.training_sigma(method, sigma)
         check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
         torch.manual_seed(seed)
         data = load_data(settings.data)

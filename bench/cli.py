@@ -30,7 +30,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certific
 Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
 LogFile = Annotated[Path, typer.Argument(help="Certification log.")]
 Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
-BaseFolder = Annotated[Path | None, typer.Option("--base", help="Model folder of the base.")]
+BaseFolder = Annotated[
+    Path | None,
+    typer.Option("--base", help="Model folder of the base, or of methods.NAME.start."),
+]
 DenoiserFolder = Annotated[
     Path | None, typer.Option("--denoiser", help="Model folder of methods.NAME.denoiser.of.")
 ]

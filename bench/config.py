@@ -18,7 +18,7 @@ from pydantic import (
 
 from bench.errors import BenchError
 from bench.files import sha256_json
-from bench.parameterization_settings import Frozen, Parameterization
+from bench.parameterization_settings import INSERTED, Frozen, Parameterization, Scratch
 from bench.settings import Settings
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -30,12 +30,14 @@ T = TypeVar("T")
 # One value for all noise levels, or one for each.
 PerSigma: TypeAlias = T | dict[PositiveFloat, T]
 TRIAL = "__lr_"
+# Where methods start from unless they name another; results hold it under this name.
+BASE = "base"
 
 
 class DataSettings(Settings):
     """Which images, and where they lie."""
 
-    name: Literal["fashion_mnist", "cifar10", "cifar100", "imagenet", "image_folder"]
+    name: Literal["fashion_mnist", "mnist_5k", "cifar10", "cifar100", "imagenet", "image_folder"]
     directory: str = "data"
     image_size: PositiveInt | None = None
     validation_images: PositiveInt = 5000
@@ -106,9 +108,13 @@ class TrainingSettings(Settings):
 
 
 class PretrainSettings(TrainingSettings):
-    """Clean training of the base classifier that every other method starts from."""
+    """Clean training of the base classifier that every other method starts from.
+
+    With `data` of its own, methods adapt the base to the experiment's data, with a new head.
+    """
 
     learning_rate: PositiveFloat
+    data: DataSettings | None = None
 
 
 class TrainingOverrides(Settings):
@@ -227,6 +233,8 @@ class Method(Settings):
     baseline: Name | None = None
     parameterization: Parameterization = Frozen()
     objective: Objective = CrossEntropy()
+    train_sigma: NonNegativeFloat | None = None
+    start: Name = BASE
     denoiser: SharedDenoiser | None = None
     surrogates: list[Name] = Field(default_factory=list)
     learning_rate: PositiveFloat | None = None
@@ -248,6 +256,17 @@ class Method(Settings):
         # A baseline knows itself whether it trains anything.
         if self.trains and not weights and self.baseline is None:
             raise ValueError("learning_rate is given, but a frozen method trains nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _start_is_used(self) -> "Method":
+        if self.start == BASE:
+            return self
+        if isinstance(self.parameterization, Scratch):
+            raise ValueError("start is given, but scratch starts from random weights: remove it")
+        for key in ("baseline", "denoiser"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"start and {key} exclude each other: remove one")
         return self
 
     @model_validator(mode="after")
@@ -285,13 +304,16 @@ class Method(Settings):
             if changed["learning_rate"] <= 0:
                 raise ValueError("learning_rate must be above 0")
         own = {key: rest.pop(key) for key in list(rest) if key in self.settings}
-        changed["settings"] = {**self.settings, **own}
-        kind = type(self.parameterization)
-        now = self.parameterization.model_dump(exclude_unset=True)
-        try:
-            changed["parameterization"] = kind.model_validate({**now, **rest})
-        except ValidationError as error:
-            raise ValueError("; ".join(item["msg"] for item in error.errors())) from None
+        if own:
+            changed["settings"] = {**self.settings, **own}
+        # What stays as it was must not seem set: see `refuse_keys`.
+        if rest:
+            kind = type(self.parameterization)
+            now = self.parameterization.model_dump(exclude_unset=True)
+            try:
+                changed["parameterization"] = kind.model_validate({**now, **rest})
+            except ValidationError as error:
+                raise ValueError("; ".join(item["msg"] for item in error.errors())) from None
         return self.model_copy(update=changed)
 
 
@@ -417,8 +439,29 @@ class Experiment(Settings):
         return self._pretraining_fingerprint(self.surrogates[name])
 
     def _pretraining_fingerprint(self, backbone: BackboneSettings) -> str:
-        parts = (self.data, backbone, self.pretrain)
-        return sha256_json([*(part.model_dump() for part in parts), self.seeds[0]])
+        training = self.pretrain.model_dump(exclude={"data"})
+        parts = [self.base_data.model_dump(), backbone.model_dump(), training]
+        return sha256_json([*parts, self.seeds[0]])
+
+    @property
+    def base_data(self) -> DataSettings:
+        """The data that the base classifier is trained on."""
+        return self.pretrain.data or self.data
+
+    @model_validator(mode="after")
+    def _a_base_of_other_data_is_adapted(self) -> "Experiment":
+        if self.pretrain.data is None:
+            return self
+        places = {(data.directory, data.name) for data in (self.data, self.pretrain.data)}
+        if len(places) == 1:
+            raise ValueError("pretrain.data is data itself: remove it")
+        for name, method in self.methods.items():
+            if method.start == BASE and isinstance(method.parameterization, Frozen):
+                raise ValueError(
+                    f"methods.{name} keeps the base's head, which answers the classes of "
+                    "pretrain.data: choose a parameterization that trains one"
+                )
+        return self
 
     @model_validator(mode="after")
     def _sigmas_are_of_the_experiment(self) -> "Experiment":
@@ -427,16 +470,6 @@ class Experiment(Settings):
         for name, method in self.methods.items():
             for sigma in sorted(set(method.sigmas or ()) - set(self.sigmas)):
                 raise ValueError(f"methods.{name}.sigmas: {sigma} is not one of sigmas: add it")
-        return self
-
-    @model_validator(mode="after")
-    def _objectives_know_every_sigma(self) -> "Experiment":
-        for name, method in self.methods.items():
-            for sigma in {*self.sigmas_of(name), self.tuning.sigma}:
-                try:
-                    method.objective.at(sigma)
-                except ValueError as error:
-                    raise ValueError(f"methods.{name}.objective.{error}") from None
         return self
 
     @model_validator(mode="after")
@@ -452,6 +485,36 @@ class Experiment(Settings):
                 chain.append(shared.of)
             if len(chain) > 1 and self.methods[chain[-1]].baseline is None:
                 raise ValueError(f"{key}: {chain[-1]} has no denoiser: name a method that has one")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_exist(self) -> "Experiment":
+        if BASE in self.methods:
+            raise ValueError(f"methods.{BASE}: so the base classifier is called: rename it")
+        for name in self.methods:
+            chain = [name]
+            while (start := self.methods[chain[-1]].start) != BASE:
+                key = f"methods.{chain[-1]}.start"
+                if start not in self.methods:
+                    raise ValueError(f"{key}: {start} is no method of this experiment")
+                if start in chain:
+                    raise ValueError(f"{key}: {start} waits for {name} itself")
+                first = self.methods[start]
+                if first.denoiser or isinstance(first.parameterization, (Frozen, *INSERTED)):
+                    raise ValueError(
+                        f"{key}: {start} is no network of trained weights alone, which is all "
+                        "that can be trained on: name a method of another kind"
+                    )
+                chain.append(start)
+        return self
+
+    @model_validator(mode="after")
+    def _objectives_know_every_sigma(self) -> "Experiment":
+        for name, sigma in sorted(self.models()):
+            try:
+                self.methods[name].objective.at(sigma)
+            except ValueError as error:
+                raise ValueError(f"methods.{name}.objective.{error}") from None
         return self
 
     @model_validator(mode="after")
@@ -483,6 +546,24 @@ class Experiment(Settings):
     def sigmas_of(self, method: str) -> list[float]:
         """The noise levels that a method runs at: the experiment's, or those it names."""
         return self.methods[method].sigmas or self.sigmas
+
+    def training_sigma(self, method: str, sigma: float) -> float:
+        """The noise level of the training whose model is certified, or started from, at `sigma`."""
+        own = self.point(method).train_sigma
+        return sigma if own is None else own
+
+    def models(self) -> set[tuple[str, float]]:
+        """Every (method, noise level of training) that tables, tuning or other methods need."""
+        asked = [(n, s) for n in self.methods for s in (*self.sigmas_of(n), self.tuning.sigma)]
+        found: set[tuple[str, float]] = set()
+        while asked:
+            name, sigma = asked.pop()
+            sigma = self.training_sigma(name, sigma)
+            found.add((name, sigma))
+            method = self.methods[name]
+            before = [method.start, method.denoiser.of if method.denoiser else BASE]
+            asked += [(other, sigma) for other in before if other != BASE]
+        return found
 
     def points(self) -> list[tuple[str, float, int]]:
         """Every (method, sigma, seed) that the tables hold."""
@@ -528,12 +609,18 @@ class Experiment(Settings):
 
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
         """Hash of the settings that define one model folder (labels do not)."""
-        chosen = self.point(method)
+        chosen, sigma = self.point(method), self.training_sigma(method, sigma)
         labels = {"label", "family", "sigmas", "published", "grid"}
-        point = chosen.model_dump(exclude={*labels, "training", "objective"})
+        point = chosen.model_dump(
+            exclude={*labels, "training", "objective", "train_sigma", "start"}
+        )
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
         start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
+        if self.pretrain.data is not None:
+            start.append(sha256_json(self.data.model_dump()))
+        if chosen.start != BASE:
+            start.append(self.training_fingerprint(chosen.start, sigma, seed))
         if chosen.denoiser is not None:
             start.append(self.training_fingerprint(chosen.denoiser.of, sigma, seed))
         return sha256_json([start, point, objective, training, sigma, seed])

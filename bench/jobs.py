@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bench.backbones import Classifier, create_classifier, set_fused_attention
-from bench.config import CrossEntropy, Experiment, Method, Objective, TrainingSettings
+from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSettings
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
@@ -29,8 +29,6 @@ from bench.objectives.noise import Batch
 from bench.parameterizations import adapt, step_hook
 from bench.provenance import pick_device
 from bench.training import TrainingRecord, accuracy, fit
-
-BASE = "base"
 
 
 def check_fingerprint(found: str, expected: str | None) -> None:
@@ -69,6 +67,35 @@ def load_base(experiment: Experiment, folder: Path, surrogate: str | None = None
     return load_classifier(folder)
 
 
+def load_start(
+    experiment: Experiment, method: str, sigma: float, seed: int, folder: Path, data: Data
+) -> Classifier:
+    """The classifier that a method's training starts from, with a head for the classes of `data`.
+
+    Raises:
+        BenchError: `folder` belongs to other settings, or cannot be trained on.
+    """
+    start = experiment.point(method).start
+    if start != BASE:
+        check_identity(folder, identity_of(experiment, start, sigma, seed))
+        classifier = load_classifier(folder)
+        if classifier.denoiser is not None:
+            raise BenchError(
+                f"methods.{method}.start: {start} has a module in front, which would be lost: "
+                "name a method without"
+            )
+        return classifier
+    classifier = load_base(experiment, folder)
+    if experiment.pretrain.data is not None:
+        channels = read_spec(folder).channels
+        if channels != data.shape[0]:
+            raise BenchError(
+                f"pretrain.data has {channels} channels, data has {data.shape[0]}: they must agree"
+            )
+        classifier.network.reset_classifier(data.classes)  # type: ignore[operator]
+    return classifier
+
+
 def load_denoiser(
     experiment: Experiment, method: str, sigma: float, seed: int, folder: Path | None
 ) -> tuple[nn.Module | None, Component | None]:
@@ -104,6 +131,23 @@ def base_flops(base: Path | None, denoiser: Path | None = None) -> int:
     return int(read_json(base / "cost.json")["training_flops"]) if base else 0
 
 
+def route_cost(
+    cost: dict[str, Any], start: str, base: Path | None, denoiser: Path | None
+) -> dict[str, Any]:
+    """`cost` with what came before; a route over another method is paid for from the base on."""
+    if base is None or start == BASE:
+        return {**cost, "base_training_flops": base_flops(base, denoiser)}
+    earlier = read_json(base / "cost.json")
+    keys = ("training_flops", "training_seconds", "training_images", "queries")
+    peak = max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])
+    return {
+        **cost,
+        **{key: cost[key] + earlier[key] for key in keys},
+        "peak_memory_bytes": peak,
+        "base_training_flops": earlier["base_training_flops"],
+    }
+
+
 def cost_report(
     record: TrainingRecord | None, counts: dict[str, Any], flops: dict[str, int]
 ) -> dict[str, Any]:
@@ -126,7 +170,7 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
         experiment = experiment.model_copy(update=update)
     torch.manual_seed(identity.seed)
     device = pick_device()
-    data = load_data(experiment.data)
+    data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
     record, cost = _fit_classifier(
         experiment.pretrain,
@@ -196,17 +240,17 @@ def train(
 
     Args:
         experiment, method: the experiment, and a name in its file.
-        sigma: noise level in [0, 1] pixels.
+        sigma: noise level in [0, 1] pixels; one that the method fixes for its training wins.
         seed: of initialisation, batches and noise.
-        base: folder of the base classifier; None for training from scratch.
+        base: folder of the base, or of the method in `start`; None for training from scratch.
         folder: where the model goes.
         denoiser: folder of the method whose denoiser stands in front, if one does.
     """
-    point = experiment.point(method)
+    point, sigma = experiment.point(method), experiment.training_sigma(method, sigma)
     settings = experiment.method_training(method)
     torch.manual_seed(seed)
     device, data = pick_device(), load_data(experiment.data)
-    classifier = _starting_point(experiment, point, base, data, settings.steps)
+    classifier = _starting_point(experiment, method, sigma, seed, base, data)
     classifier.denoiser, component = load_denoiser(experiment, method, sigma, seed, denoiser)
     classifier.to(device)
     record, cost = None, cost_report(None, {}, {})
@@ -217,7 +261,7 @@ def train(
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component)
     merged = merge(classifier, adapter).eval()
-    cost = _certified_cost(cost, merged, data) | {"base_training_flops": base_flops(base, denoiser)}
+    cost = route_cost(_certified_cost(cost, merged, data), point.start, base, denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
     identity = identity_of(experiment, method, sigma, seed)
@@ -231,9 +275,10 @@ def validation(classifier: Classifier, data: Data, sigma: float, seed: int) -> d
 
 
 def _starting_point(
-    experiment: Experiment, point: Method, base: Path | None, data: Data, steps: int
+    experiment: Experiment, method: str, sigma: float, seed: int, base: Path | None, data: Data
 ) -> Classifier:
-    """The base classifier, or a random one for training from scratch, ready to be trained."""
+    """What the method starts from, or a random classifier for `scratch`, ready to be trained."""
+    point = experiment.point(method)
     if (base is None) != (point.parameterization.kind == "scratch"):
         raise BenchError(
             f"{point.label}: --base and parameterization.kind = scratch exclude each other, and "
@@ -242,7 +287,8 @@ def _starting_point(
     if base is None:
         classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
     else:
-        classifier = load_base(experiment, base)
+        classifier = load_start(experiment, method, sigma, seed, base, data)
+    steps = experiment.method_training(method).steps
     classifier.network = adapt(classifier.network, point.parameterization, steps)
     return classifier
 

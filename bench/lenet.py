@@ -43,6 +43,10 @@ class LeNet(nn.Module):
         """The classification head."""
         return self.head
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new, random head in place."""
+        self.head = nn.Linear(self.head.in_features, num_classes)
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Logits `(B, K)`."""
         return self.forward_head(self.forward_features(pixels))

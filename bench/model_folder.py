@@ -68,7 +68,8 @@ class Identity(Settings):
 
 
 def identity_of(experiment: Experiment, method: str, sigma: float, seed: int) -> Identity:
-    """The identity that the folder of this method, sigma and seed must carry."""
+    """The identity of the folder that this method is certified from at this sigma and seed."""
+    sigma = experiment.training_sigma(method, sigma)
     fingerprint = experiment.training_fingerprint(method, sigma, seed)
     return Identity(
         experiment=experiment.name, method=method, sigma=sigma, seed=seed, fingerprint=fingerprint

@@ -71,6 +71,10 @@ class ParallelAdapter(Settings):
     scale: PositiveFloat = 0.1
 
 
+# Kinds that add modules which cannot be folded into the network's own weights.
+INSERTED = (VptShallow, VptDeep, Adapter, ParallelAdapter)
+
+
 class Lora(Settings):
     """Low-rank adaptation of attention and MLP layers (Hu 2022)."""
 

@@ -1,8 +1,9 @@
 """Tidy tables: one row per observation, metadata in columns."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from bench.statistics import accuracy_interval, average_certified_radius, certif
 
 KEY = ["method", "label", "family", "sigma", "seed"]
 LEADERBOARD_STEPS = 4
+Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
 def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
@@ -26,15 +28,13 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
     """
     read = [_read_complete(path) for path in logs]
-    _check_points(experiment, [protocol for protocol, _ in read])
+    _check_points([protocol for protocol, _ in read], experiment.points())
     order = {name: place for place, name in enumerate(experiment.methods)}
     read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
     curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
     summary = pd.DataFrame([_summary_row(experiment, p, log) for p, log in read])
     rows = [read_json(path) for path in costs]
-    _check_points(experiment, rows)
-    rows.sort(key=lambda row: (order[row["method"]], row["sigma"], row["seed"]))
-    cost = pd.DataFrame([_cost_row(experiment, row) for row in rows])
+    cost = pd.DataFrame(_cost_rows(experiment, rows))
     tables = {
         "certified_accuracy": curves,
         "envelope": envelope(curves),
@@ -56,10 +56,10 @@ def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return protocol, log
 
 
-def _check_points(experiment: Experiment, found: list[dict[str, Any]]) -> None:
+def _check_points(found: list[dict[str, Any]], points: Iterable[Point]) -> None:
     """Each point of the experiment must be there once, and no other."""
-    have = Counter((row["method"], row["sigma"], row["seed"]) for row in found)
-    wanted = set(experiment.points())
+    have = Counter(map(_point, found))
+    wanted = set(points)
     problems = {
         "has no results yet": wanted - set(have),
         "is not part of the experiment": set(have) - wanted,
@@ -68,6 +68,10 @@ def _check_points(experiment: Experiment, found: list[dict[str, Any]]) -> None:
     for problem, points in problems.items():
         for method, sigma, seed in sorted(points):
             raise BenchError(f"{method} at sigma {sigma}, seed {seed} {problem}")
+
+
+def _point(row: dict[str, Any]) -> Point:
+    return row["method"], row["sigma"], row["seed"]
 
 
 def _named(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
@@ -151,6 +155,19 @@ def _summary_row(
         "git_revision": protocol["git_revision"],
         "git_dirty": protocol["git_dirty"],
     }
+
+
+def _cost_rows(experiment: Experiment, costs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per point; one training at a noise level of its own serves several sigmas."""
+    models = {
+        (name, sigma, seed): (name, experiment.training_sigma(name, sigma), seed)
+        for name, sigma, seed in experiment.points()
+    }
+    _check_points(costs, models.values())
+    paid = {_point(cost): cost for cost in costs}
+    order = {name: place for place, name in enumerate(experiment.methods)}
+    points = sorted(models, key=lambda point: (order[point[0]], *point[1:]))
+    return [_cost_row(experiment, {**paid[models[p]], "sigma": p[1]}) for p in points]
 
 
 def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ if SHARDS == 1:
 
     rule certify:
         input:
-            model=f"{MODEL}/classifier.json",
-            weights=f"{MODEL}/model.safetensors",
+            model=certified("classifier.json"),
+            weights=certified("model.safetensors"),
             data=DATA,
             code=CERTIFY_CODE,
         output:
@@ -41,8 +41,8 @@ else:
 
     rule certify_shard:
         input:
-            model=f"{MODEL}/classifier.json",
-            weights=f"{MODEL}/model.safetensors",
+            model=certified("classifier.json"),
+            weights=certified("model.safetensors"),
             data=DATA,
             code=CERTIFY_CODE,
         output:

@@ -9,6 +9,7 @@ from snakemake.utils import validate
 sys.path.insert(0, workflow.basedir)
 os.environ.update(PYTHONPATH=workflow.basedir)
 
+from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
 
@@ -29,7 +30,10 @@ FIGURES = f"figures/{EXPERIMENT.name}"
 MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
-SIGMAS = [sigma_text(sigma) for sigma in EXPERIMENT.sigmas]
+# Of certification and of training.
+SIGMAS = sorted(
+    {sigma_text(s) for s in [*EXPERIMENT.sigmas, *(s for _, s in EXPERIMENT.models())]}
+)
 NEVER = r"(?!)"
 TRIAL_PATTERN = rf"({TRIAL}[-+.e0-9]+(__[a-z_]+_[-+.e0-9]+)*)?"
 
@@ -49,13 +53,32 @@ def code_of(*places):
     return [str(path) for path in files]
 
 
+def model_file(name, method, sigma, seed):
+    """A file of the model that a method is certified from, or gives to others, at a sigma."""
+    level = sigma_text(EXPERIMENT.training_sigma(method, float(sigma)))
+    return f"{MODEL}/{name}".format(method=method, sigma=level, seed=seed)
+
+
+def certified(name):
+    """Input function: a file of the model that is certified."""
+    return lambda w: model_file(name, w.method, w.sigma, w.seed)
+
+
+def start_of(wildcards):
+    """Model folder of the base, or of the method that a training starts from."""
+    start = EXPERIMENT.point(wildcards.method).start
+    if start == PRETRAINED:
+        return [str(path) for path in BASE]
+    names = ("classifier.json", "model.safetensors", "training.json", "cost.json")
+    return [model_file(n, start, wildcards.sigma, wildcards.seed) for n in names]
+
+
 def denoiser_of(wildcards):
     """Model folder of the method whose denoiser stands in front, if one does."""
     shared = EXPERIMENT.point(wildcards.method).denoiser
     if shared is None:
         return []
-    place = {"sigma": wildcards.sigma, "seed": wildcards.seed}
-    return [f"{MODEL}/classifier.json".format(method=shared.of, **place)]
+    return [model_file("classifier.json", shared.of, wildcards.sigma, wildcards.seed)]
 
 
 def surrogates_of(wildcards):

@@ -1,4 +1,10 @@
-DATA = f"{EXPERIMENT.data.directory}/{EXPERIMENT.data.name}/manifest.json"
+def manifest_of(data):
+    """What fetching a data set writes last."""
+    return f"{data.directory}/{data.name}/manifest.json"
+
+
+DATA = manifest_of(EXPERIMENT.data)
+BASE_DATA = manifest_of(EXPERIMENT.base_data)
 
 
 rule fetch:
@@ -14,3 +20,19 @@ rule fetch:
         directory=lambda wildcards, output: os.path.dirname(os.path.dirname(output[0])),
     shell:
         "python -m bench fetch --name {params.name} --directory {params.directory:q} > {log} 2>&1"
+
+
+if BASE_DATA != DATA:
+
+    use rule fetch as fetch_base_data with:
+        output:
+            BASE_DATA,
+        log:
+            f"{RESULTS}/logs/fetch_base_data.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/fetch_base_data.tsv"
+        params:
+            name=EXPERIMENT.base_data.name,
+            directory=lambda wildcards, output: os.path.dirname(
+                os.path.dirname(output[0])
+            ),

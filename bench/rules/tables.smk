@@ -8,7 +8,7 @@ TABLES = f"{RESULTS}/tables"
 rule tables:
     input:
         logs=[f"{CERTIFICATES}.tsv".format(**point) for point in POINTS],
-        costs=[f"{MODEL}/cost.json".format(**point) for point in POINTS],
+        costs=list(dict.fromkeys(model_file("cost.json", **point) for point in POINTS)),
         code=code_of(
             "bench/paired.py",
             "bench/statistics.py",

@@ -1,6 +1,6 @@
 rule pretrain:
     input:
-        data=DATA,
+        data=BASE_DATA,
         code=TRAIN_CODE,
     output:
         multiext(
@@ -56,7 +56,7 @@ use rule pretrain as pretrain_surrogate with:
 rule train:
     input:
         data=DATA,
-        base=BASE,
+        base=start_of,
         denoiser=denoiser_of,
         code=TRAIN_CODE,
     output:

@@ -1,11 +1,11 @@
 rule tune:
     input:
-        training=collect(
-            f"{MODEL}/training.json",
-            method=EXPERIMENT.trials(),
-            sigma=sigma_text(EXPERIMENT.tuning.sigma),
-            seed=EXPERIMENT.seeds[0],
-        ),
+        training=[
+            model_file(
+                "training.json", trial, EXPERIMENT.tuning.sigma, EXPERIMENT.seeds[0]
+            )
+            for trial in EXPERIMENT.trials()
+        ],
         code=code_of("bench/tables.py"),
     output:
         f"{TABLES}/tuning.csv",
