@@ -38,6 +38,11 @@ NEVER = r"(?!)"
 TRIAL_PATTERN = rf"({TRIAL}[-+.e0-9]+(__[a-z_]+_[-+.e0-9]+)*)?"
 
 
+def manifest_of(data):
+    """What fetching a data set writes last."""
+    return f"{data.directory}/{data.name}/manifest.json"
+
+
 def methods_of(baseline):
     """Pattern of the methods that a baseline (None: the generic rule) makes."""
     chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]

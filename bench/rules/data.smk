@@ -1,8 +1,3 @@
-def manifest_of(data):
-    """What fetching a data set writes last."""
-    return f"{data.directory}/{data.name}/manifest.json"
-
-
 DATA = manifest_of(EXPERIMENT.data)
 BASE_DATA = manifest_of(EXPERIMENT.base_data)
 
