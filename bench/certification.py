@@ -17,7 +17,7 @@ from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json, write_json
 from bench.model_folder import check_identity, identity_of, load_classifier, read_spec
 from bench.progress import track
-from bench.provenance import machine, pick_device, provenance
+from bench.provenance import machine, pick_device, pick_precision, provenance
 from bench.smoothing.engine import Certificate, certify
 from bench.smoothing.journal import Journal
 from bench.smoothing.log import cohen_path, read_log, read_protocol, write_cohen_log, write_log
@@ -126,7 +126,8 @@ def run_task(task: Task, output: Path) -> pd.DataFrame:
     device = pick_device()
     settings, protocol = task.settings, task.protocol
     images = task.test.batch(task.wanted).to(device)
-    classifier = task.classifier.for_inference(settings.precision).to(device)
+    precision = pick_precision(settings.precision, device)
+    classifier = task.classifier.for_inference(precision).to(device)
     meaning = _meaning(task, device)
     journal = Journal(output.with_suffix(".votes.jsonl"), sha256_json(_planned(meaning)))
     if settings.compile:
@@ -167,7 +168,7 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         "noise_seed": protocol.seed,
         "alpha_per_image": protocol.alpha_per_image,
         "noise_resolution": "native",
-        "precision": settings.precision,
+        "precision": pick_precision(settings.precision, device),
         "compile": "inductor" if settings.compile else "none",
         "n_images": len(task.wanted),
         "weights_sha256": task.weights_sha256,

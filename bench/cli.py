@@ -153,7 +153,7 @@ def certify(
 def serve(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     access: Annotated[Access, typer.Option(help="What the answers show.")] = "logits",
-    precision: Annotated[Precision, typer.Option(help="Of the network.")] = "bfloat16",
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:

@@ -22,7 +22,8 @@ from bench.parameterization_settings import INSERTED, Frozen, Parameterization, 
 from bench.settings import Settings
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-Precision = Literal["float32", "bfloat16"]
+# `auto` is bfloat16 where the machine computes in it, else float32.
+Precision = Literal["auto", "float32", "bfloat16"]
 Scalar = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
 Access = Literal["logits", "probabilities", "top1"]
@@ -99,7 +100,7 @@ class TrainingSettings(Settings):
     schedule: Annotated[Cosine | Step, Field(discriminator="kind")] = Cosine()
     weight_decay: float = Field(default=0.05, ge=0)
     clip_norm: PositiveFloat | None = 1.0
-    precision: Precision = "bfloat16"
+    precision: Precision = "auto"
 
     @property
     def steps(self) -> int:
@@ -346,7 +347,7 @@ class CertificationSettings(Settings):
     test_images: PositiveInt = 500
     shards: PositiveInt = 1
     batch_size: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
-    precision: Precision = "bfloat16"
+    precision: Precision = "auto"
     compile: bool = False
 
     @model_validator(mode="before")

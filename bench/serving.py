@@ -9,7 +9,7 @@ from bench.backbones import Classifier
 from bench.config import Access
 from bench.files import sha256_json
 from bench.model_folder import load_classifier, read_spec
-from bench.provenance import machine, pick_device
+from bench.provenance import machine, pick_device, pick_precision
 from bench.remote import Answer, Description, Question, WireArray, show
 
 MAX_BATCH = 1024
@@ -51,6 +51,7 @@ def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
         BenchError: the folder is no model folder.
     """
     spec, device = read_spec(folder), pick_device()
+    precision = pick_precision(precision, device)
     classifier = load_classifier(folder).for_inference(precision).to(device)
     # All that the answers' bits depend on.
     model = sha256_json([spec.model_dump(), precision, torch.__version__, machine(device)])

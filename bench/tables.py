@@ -137,7 +137,7 @@ def _summary_row(
 ) -> dict[str, Any]:
     images = len(log)
     row = {**_named(experiment, protocol), "n_images": images}
-    row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha")}
+    row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
     for name, hits in (("clean", clean), ("smoothed", smoothed)):

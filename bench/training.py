@@ -15,6 +15,7 @@ from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
 from bench.errors import BenchError
 from bench.progress import track
+from bench.provenance import pick_precision
 
 # (clean images (B, C, H, W) in [0, 1], labels (B,), noise source, share of steps) -> scalar loss
 BatchLoss = Callable[[Tensor, Tensor, Generator, float], Tensor]
@@ -29,6 +30,7 @@ class TrainingRecord:
     seconds: float
     peak_memory_bytes: int
     loss_curve: list[tuple[int, float]]
+    precision: str
 
 
 def precision_context(
@@ -108,11 +110,12 @@ def fit(
     scheduler = LambdaLR(optimizer, _schedule(settings.schedule, steps))
     noise = torch.Generator(device).manual_seed(seed)
     curve: list[tuple[int, float]] = []
+    precision = pick_precision(settings.precision, device)
     begin = time.perf_counter()
     batches = track(batch_positions(split, settings.batch_size, steps, seed), steps, "training")
     for step, positions in enumerate(batches):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
-        with precision_context(device, settings.precision):
+        with precision_context(device, precision):
             value = loss(images, labels, noise, (step + 1) / steps)
         value.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
@@ -123,7 +126,8 @@ def fit(
         if step % max(1, steps // CURVE_POINTS) == 0 or step == steps - 1:
             curve.append((step, _finite(value.item(), step, learning_rate)))
     seconds = time.perf_counter() - begin
-    return TrainingRecord(steps * settings.batch_size, seconds, peak_memory(device), curve)
+    images_seen = steps * settings.batch_size
+    return TrainingRecord(images_seen, seconds, peak_memory(device), curve, precision)
 
 
 def _finite(value: float, step: int, learning_rate: float) -> float:

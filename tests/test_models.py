@@ -16,6 +16,7 @@ from bench.model_folder import (
     load_classifier,
     save_model,
 )
+from bench.provenance import pick_precision
 
 WIDTH, DEPTH, CLASSES = 32, 2, 10
 BACKBONE = BackboneSettings(
@@ -135,3 +136,17 @@ def test_lenet_folder_round_trip_is_bit_equal(tmp_path):
     save_model(tmp_path, classifier, spec, IDENTITY, {}, {})
     with torch.no_grad():
         assert torch.equal(load_classifier(tmp_path)(pixels), classifier(pixels))
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "picked"),
+    [
+        ("auto", {"avx2": True, "amx_bf16": False}, "float32"),
+        ("auto", {"avx512_bf16": True}, "bfloat16"),
+        ("float32", {"avx512_bf16": True}, "float32"),
+        ("bfloat16", {"avx2": True}, "bfloat16"),
+    ],
+)
+def test_auto_precision_follows_the_hardware(monkeypatch, asked, able, picked):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert pick_precision(asked, torch.device("cpu")) == picked

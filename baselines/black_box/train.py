@@ -15,6 +15,7 @@ from bench.config import RemoteSettings
 from bench.cost import count_flops
 from bench.jobs import base_flops, cost_report, load_base
 from bench.model_folder import Component, save_model, spec_of, training_report
+from bench.provenance import pick_precision
 from bench.remote import Ledger, RemoteClassifier, RemoteModel, as_scores, show
 from bench.training import TrainingRecord, peak_memory
 
@@ -30,7 +31,8 @@ def black_box(
         served = RemoteModel(remote, ledger)
         return RemoteClassifier(served).to(job.device), Prompted(nn.Identity(), served)
     classifier = load_base(job.experiment, job.base_folder).requires_grad_(False).to(job.device)
-    asked = copy.deepcopy(classifier).for_inference(job.training.precision)
+    precision = pick_precision(job.training.precision, job.device)
+    asked = copy.deepcopy(classifier).for_inference(precision)
 
     def ask(pixels: Tensor) -> Tensor:
         ledger.spend(len(pixels))
@@ -80,20 +82,20 @@ def cost_of(
     }
     # Forward passes alone: there is no gradient.
     spent = {"training_flops": queries * flops, "inference_flops": flops}
-    cost = cost_report(record_of(progress, job.device), counts, spent)
+    cost = cost_report(record_of(progress, job), counts, spent)
     return cost | {"base_training_flops": base_flops(job.base), "queries": queries}
 
 
-def record_of(progress: Progress, device: torch.device) -> TrainingRecord:
+def record_of(progress: Progress, job: BaselineJob) -> TrainingRecord:
     """The search as `training.json` and `cost.json` report any training."""
-    return TrainingRecord(
-        progress.images, progress.seconds, peak_memory(device), progress.loss_curve
-    )
+    precision = pick_precision(job.training.precision, job.device)
+    memory = peak_memory(job.device)
+    return TrainingRecord(progress.images, progress.seconds, memory, progress.loss_curve, precision)
 
 
 def report_of(job: BaselineJob, progress: Progress) -> dict[str, Any]:
     """`training.json`, identity aside: also every check, divergence and how the search ended."""
-    record, settings = record_of(progress, job.device), job.training.model_dump()
+    record, settings = record_of(progress, job), job.training.model_dump()
     return training_report(record, job.device, job.data, settings) | {
         "validation_sigma": job.sigma,
         "validation_accuracy": progress.best_accuracy,
