@@ -27,6 +27,7 @@ from bench.errors import BenchError
 from bench.files import read_json
 from bench.jobs import base_identity
 from bench.model_folder import load_classifier, save_model, spec_of
+from bench.provenance import pick_precision
 from bench.remote import (
     BudgetSpent,
     Description,
@@ -361,7 +362,8 @@ def with_settings(job: BaselineJob, output: str, **settings) -> BaselineJob:
 
 
 def certificates(folder, job: BaselineJob) -> list[tuple[int, float, int]]:
-    classifier = load_classifier(folder).for_inference("bfloat16")
+    precision = pick_precision("auto", job.device)
+    classifier = load_classifier(folder).for_inference(precision)
     images = job.data.test.batch(torch.arange(4))
     labels = job.data.test.labels[:4].tolist()
     protocol = Protocol(sigma=0.5, n=64, n0=32, seed=0, data="toy", batch_size=64, mode="cohen")
@@ -371,7 +373,7 @@ def certificates(folder, job: BaselineJob) -> list[tuple[int, float, int]]:
 
 def test_training_against_a_server_is_training_against_the_folder(job):
     train_black_box(job)
-    with served(app_of(job.base_folder, "logits", "bfloat16")) as url:
+    with served(app_of(job.base_folder, "logits", "auto")) as url:
         remote = with_settings(job, "remote", url=url)
         train_black_box(remote)
         local, far = (load_file(j.output / "model.safetensors") for j in (job, remote))
