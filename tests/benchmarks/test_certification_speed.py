@@ -23,11 +23,13 @@ from torch import Tensor, nn
 import bench.lenet  # noqa: F401  (adds itself to timm's names)
 from bench.backbones import Classifier, compile_for_inference
 from bench.cost import inference_flops
+from bench.provenance import pick_precision
 from bench.smoothing import Protocol, certify, reachable_radii
 from bench.smoothing.noise import BLOCK, key_tensor, standard_normal
 
 SIGMA, ALPHA, N, STEP = 0.5, 0.001, 100_000, 0.25
 PLAIN_DRAWS = 4000
+PRECISION = pick_precision("auto", torch.device("cpu"))
 # fmt: off
 P_A = [
     0.27529, 0.33112, 0.37465, 0.39534, 0.42047, 0.45157, 0.47953, 0.49874, 0.50583, 0.52808,
@@ -106,7 +108,7 @@ def plain_seconds(name: str) -> float:
 def engine_seconds(name: str, mode: str, n: int, compiled: bool = True) -> tuple[float, float]:
     """Seconds and samples per image of the engine, its compilation not counted."""
     model, images = setting(name)
-    model.for_inference("bfloat16")
+    model.for_inference(PRECISION)
     # What an earlier test compiled would make this one recompile for shapes it never sees.
     torch.compiler.reset()
     radii = reachable_radii(STEP, SIGMA, N, ALPHA)
@@ -132,6 +134,7 @@ def test_decide_against_the_plain_procedure(benchmark, name):
         fixed, fixed_samples = engine_seconds(name, "cohen", PLAIN_DRAWS, compiled)
         per_draw[compiled] = plain / (N + 100) / (fixed / fixed_samples)
     benchmark.extra_info |= {
+        "precision": PRECISION,
         "plain_seconds_per_image": plain,
         "seconds_per_image": seconds,
         "samples_per_image": samples,
@@ -166,8 +169,8 @@ def test_equal_draws_against_art(benchmark):
 
 
 def matmul_flops_per_second(size: int = 2048, repeats: int = 20) -> float:
-    """Peak of bfloat16 matrix products, best of `repeats`."""
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16) for _ in range(2))
+    """Peak of matrix products in the precision certified, best of `repeats`."""
+    a, b = (torch.randn(size, size, dtype=getattr(torch, PRECISION)) for _ in range(2))
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -189,6 +192,7 @@ def test_share_of_the_matmul_peak_and_of_the_noise(benchmark):
         standard_normal(keys, images.shape[1:])
     noise = (time.perf_counter() - begin) / 10 / 512
     benchmark.extra_info |= {
+        "precision": PRECISION,
         "matmul_teraflops_per_second": peak / 1e12,
         "network_share_of_peak": flops * samples / seconds / peak,
         "noise_share_of_time": noise * samples / seconds,
@@ -201,7 +205,7 @@ def test_votes_that_the_batch_shape_flips(benchmark):
     shares = {}
     for name, (build, input_size) in NETWORKS.items():
         torch.manual_seed(0)
-        network = Classifier(build(), (0.5,), (0.5,), input_size).for_inference("bfloat16")
+        network = Classifier(build(), (0.5,), (0.5,), input_size).for_inference(PRECISION)
         noisy = torch.rand(4096, *SHAPE) + SIGMA * torch.randn(4096, *SHAPE)
         small = torch.cat([network(part).argmax(1) for part in noisy.split(64)])
         large = torch.cat([network(part).argmax(1) for part in noisy.split(512)])
