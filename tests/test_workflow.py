@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from bench.compare import agree, compare_results
+from bench.errors import BenchError
 from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
@@ -325,21 +326,26 @@ def test_certify_takes_any_model_folder(done, tmp_path):
     answer = bench(done, *arguments, "--data", "fashion_mnist", *longer, "--images", "16")
     assert answer.returncode == 0, answer.stderr
     assert votes.read_text().startswith(kept)  # nor do more draws
+    nonsense = bench(done, *arguments, "--data", "fashion_mnist", "--set", "nonsense=1")
+    assert nonsense.returncode == 1
+    assert "Traceback" not in nonsense.stderr
+    assert "nonsense" in nonsense.stderr
+
+
+def test_what_certify_cannot_take_is_refused(done, tmp_path):
     folder = tmp_path / "images/cat"
     folder.mkdir(parents=True)
     Image.new("RGB", (40, 30)).save(folder / "one.png")
+    model = str(done / "results/smoke/models/base")
     cases = {
-        "neither a folder nor a data set": ["--data", "nowhere"],
-        "need a timm: model": ["--data", str(folder.parent)],
-        "nonsense": ["--data", "fashion_mnist", "--set", "nonsense=1"],
-        "timm has no pretrained weights": ["--data", "fashion_mnist", "--model", "timm:nothing"],
-        "classifier.json is missing": ["--data", "fashion_mnist", "--model", str(tmp_path)],
+        "neither a folder nor a data set": (model, "nowhere"),
+        "need a timm: model": (model, str(folder.parent)),
+        "timm has no pretrained weights": ("timm:nothing", "fashion_mnist"),
+        "classifier.json is missing": (str(tmp_path), "fashion_mnist"),
     }
-    for message, extra in cases.items():
-        answer = bench(done, *arguments, *extra)
-        assert answer.returncode == 1, (message, answer.stderr)
-        assert "Traceback" not in answer.stderr
-        assert message in answer.stderr
+    for message, (named, data) in cases.items():
+        with pytest.raises(BenchError, match=message):
+            certify_anything(named, data, 0.25, 8, 0.25, {}, tmp_path / "log.tsv")
 
 
 def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):

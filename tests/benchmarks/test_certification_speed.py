@@ -247,3 +247,36 @@ def test_samples_and_seconds_by_mode(benchmark, mode):
         engine_seconds, args=("small ViT", mode, 10_000, False), rounds=1
     )
     benchmark.extra_info |= {"seconds_per_image": seconds, "samples_per_image": samples}
+
+
+def growth_seconds(n: int = 1000, images: int = 32, classes: int = 10, shards: int = 1) -> float:
+    """Seconds of fixed-N certification of a linear model, whose own share is small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, classes)).eval()
+    pixels = torch.rand(images, *SHAPE)
+    protocol = Protocol(sigma=SIGMA, mode="cohen", n=n, alpha=ALPHA, batch_size=512)
+    begin = time.perf_counter()
+    for shard in range(shards):
+        ids = list(range(shard, images, shards))
+        list(certify(model, pixels[shard::shards], [0] * len(ids), ids, protocol, classes))
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(
+    ("what", "values"),
+    [
+        ("n", (1000, 4000, 16_000)),
+        ("images", (32, 128, 512)),
+        ("classes", (10, 100, 1000)),
+        ("shards", (1, 2, 7)),
+    ],
+)
+def test_growth(benchmark, what, values):
+    """Time grows at most in proportion; shards and classes add little of their own."""
+    growth_seconds()
+    seconds = {value: growth_seconds(**{what: value}) for value in values}
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info |= {"seconds_by_" + what: seconds}
+    first, last = values[0], values[-1]
+    proportional = last / first if what in ("n", "images") else 1
+    assert seconds[last] / seconds[first] < 2 * proportional
