@@ -52,6 +52,7 @@ def write_point(folder: Path, method: str, sigma: float, radii: list[float]) -> 
         "n0": 10,
         "n": 100,
         "alpha": 0.001,
+        "precision": "float32",
         "noise_seed": 7,
         "n_images": len(rows),
     }
