@@ -32,6 +32,9 @@ rule tables:
             category="Tables",
             caption="../report/envelope.rst",
         ),
+        pooled=report(
+            f"{TABLES}/pooled.csv", category="Tables", caption="../report/pooled.rst"
+        ),
         paired=report(
             f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
         ),
