@@ -304,9 +304,12 @@ def build_claims(claims_file: Path, results: list[Path], output: Path) -> pd.Dat
         output: the CSV.
 
     Raises:
-        BenchError: the claim file is invalid, or the tables of an experiment that ran lack what
-            a claim on it names.
+        BenchError: the claim file is invalid, a folder is missing, or the tables of an experiment
+            that ran lack what a claim on it names.
     """
+    for folder in results:
+        if not folder.is_dir():
+            raise BenchError(f"--results {folder} is no folder: name one that holds NAME/tables")
     rows = []
     for name, claim in load_claims(claims_file).claims.items():
         for reading in claim.readings():

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from bench.claims import build_claims, load_claims, render, verdict_of
+from bench.claims import VERDICTS, build_claims, load_claims, render, verdict_of
 from bench.config import load_experiment
 from bench.errors import BenchError
 from bench.paired import paired_difference_interval
@@ -204,6 +204,24 @@ def test_a_ratio_of_counts_is_exact(tables, rival, verdict):
     assert pd.isna(row["low"])
 
 
+@pytest.mark.parametrize(("ratio", "verdict"), [(10, "supported"), (9.9, "contradicted")])
+def test_accounting_takes_the_smallest_parameterization(tables, ratio, verdict):
+    row = {"kind": ["lora", "bias"], "settings": ["r=1", ""], "ratio_with_head": [2, ratio]}
+    path = tables.parents[1] / "accounting.csv"
+    pd.DataFrame({**row, "data": "mine", "denoiser": "cnn"}).to_csv(path, index=False)
+    rule = {
+        "kind": "accounting_ratio_at_least",
+        "parameterizations": {"lora": "r=1", "bias": ""},
+        "denoiser": "cnn",
+        "costs": ["with_head"],
+        "value": 10,
+    }
+    row = judge(tables, rule)
+    assert (row["verdict"], row["effect"]) == (verdict, ratio)
+    with pytest.raises(BenchError, match=r"accounting\.csv has no kind lora, settings r=2"):
+        judge(tables, {**rule, "parameterizations": {"lora": "r=2"}})
+
+
 @pytest.mark.parametrize("rule", [LEVEL, ABOVE, EQUAL, CHEAPER], ids=lambda rule: rule["kind"])
 def test_what_has_not_run_is_undecided(tables, rule):
     row = judge(tables, rule, "absent")
@@ -250,6 +268,9 @@ def test_missing_files_and_claims_judged_nowhere_are_named(tables, tmp_path):
     )
     with pytest.raises(BenchError, match=r"nowhere\.yaml.*\n.*claims\.one.*name an experiment"):
         load_claims(tmp_path / "nowhere.yaml")
+    judge(tables, ABOVE)
+    with pytest.raises(BenchError, match=r"--results .*nothing is no folder"):
+        build_claims(tmp_path / "claims.yaml", [tmp_path / "nothing"], tmp_path / "claims.csv")
     (tables / "paired.csv").unlink()
     with pytest.raises(BenchError, match=r"claims\.one: .*paired\.csv is missing"):
         judge(tables, ABOVE)
@@ -287,8 +308,15 @@ def test_the_committed_verdicts_are_those_of_the_committed_tables(reference):
     pd.testing.assert_frame_equal(
         reference[numbers].astype(float), committed[numbers].astype(float)
     )
-    page = (REFERENCE / "claims.md").read_text()
-    assert page == render(reference)
+    assert (REFERENCE / "claims.md").read_text() == render(reference)
+
+
+def test_the_readme_counts_the_committed_verdicts(reference):
+    counts, absent = reference["verdict"].value_counts(), (reference["reason"] == "not run").sum()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    supported, contradicted, undecided = (counts[verdict] for verdict in VERDICTS)
+    assert f"{supported} of {len(reference)} readings are supported" in readme
+    assert f"{contradicted} contradicted, {undecided} undecided, {absent} of which" in readme
 
 
 def test_verdicts_on_the_reference_are_what_its_numbers_say(reference):
