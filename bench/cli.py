@@ -230,6 +230,22 @@ def published(
 
 
 @app.command()
+def claims(
+    claims: Annotated[Path, typer.Option(help="Claim file (YAML).")],
+    results: Annotated[
+        list[Path],
+        typer.Option(help="Folder of NAME/tables; repeat, the first that has them counts."),
+    ],
+    output: Output,
+) -> None:
+    """Say of every claim whether the tables support or contradict it (CSV, Markdown beside it)."""
+    from bench.claims import VERDICTS, build_claims
+
+    counts = build_claims(claims, results, output)["verdict"].value_counts()
+    typer.echo(", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS))
+
+
+@app.command()
 def compare(a: Path, b: Path) -> None:
     """Tell whether two result folders agree within their joint 95 % intervals."""
     from bench.compare import agree, compare_results

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bench.errors import BenchError
-from bench.statistics import accuracy_interval
+from bench.statistics import accuracy_interval, independent_difference_interval
 
 POINT = ["method", "sigma", "seed"]
 
@@ -67,11 +67,10 @@ def joint_half_width(a: pd.DataFrame, b: pd.DataFrame) -> NDArray[np.float64]:
     Returns:
         The root of the summed squares of the halves that face each other.
     """
-    value_a, low_a, high_a = a.to_numpy().T
-    value_b, low_b, high_b = b.to_numpy().T
-    half_a = np.where(value_a > value_b, value_a - low_a, high_a - value_a)
-    half_b = np.where(value_a > value_b, high_b - value_b, value_b - low_b)
-    return np.asarray(np.hypot(half_a, half_b))
+    left, right = a.to_numpy().T, b.to_numpy().T
+    low, high = independent_difference_interval(left, right)
+    difference = left[0] - right[0]
+    return np.where(difference > 0, difference - low, high - difference)
 
 
 def _end_at_zero(curves: pd.DataFrame, side: str) -> pd.DataFrame:

@@ -648,7 +648,8 @@ def sigma_text(sigma: float) -> str:
     return f"{sigma:.2f}" if round(sigma, 2) == sigma else repr(sigma)
 
 
-def _complaints(error: ValidationError) -> str:
+def complaints(error: ValidationError) -> str:
+    """One line per offending key."""
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
@@ -666,7 +667,7 @@ def parse_experiment(values: object, source: str) -> Experiment:
         return Experiment.model_validate(values)
     except ValidationError as error:
         raise BenchError(
-            f"{source} is not a valid experiment:\n{_complaints(error)}\n"
+            f"{source} is not a valid experiment:\n{complaints(error)}\n"
             "config/README.md explains every key"
         ) from None
 

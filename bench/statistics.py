@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
+from scipy.stats import beta, bootstrap, sem, t
 
 CONFIDENCE = 0.95
+# Of the bootstrap: the same log gives the same interval.
+BOOTSTRAP_SEED = 0
 
 
 def accuracy_interval(
@@ -36,3 +38,57 @@ def certified_accuracy(log: pd.DataFrame, radii: ArrayLike) -> pd.DataFrame:
 def average_certified_radius(log: pd.DataFrame) -> float:
     """Mean over images of the certified radius, 0 where the answer is wrong or none."""
     return float((log["radius"] * log["correct"]).mean())
+
+
+def average_radius_interval(log: pd.DataFrame) -> tuple[float, float]:
+    """Percentile bootstrap interval of the average certified radius; nan for a single image."""
+    if len(log) < 2:
+        return np.nan, np.nan
+    interval = bootstrap(
+        (log["radius"] * log["correct"],),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        batch=100,
+        rng=np.random.default_rng(BOOTSTRAP_SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def independent_difference_interval(
+    a: NDArray[np.float64], b: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Interval of a - b from the intervals of two independent estimates (Newcombe 1998, method 10).
+
+    Args:
+        a: rows value, low and high.
+        b: likewise.
+    """
+    value_a, low_a, high_a = a
+    value_b, low_b, high_b = b
+    difference = value_a - value_b
+    low = difference - np.hypot(value_a - low_a, high_b - value_b)
+    return low, difference + np.hypot(high_a - value_a, value_b - low_b)
+
+
+def pool_seeds(
+    values: ArrayLike, low: ArrayLike, high: ArrayLike, confidence: float = CONFIDENCE
+) -> tuple[float, float, float]:
+    """Mean over seeds, with an interval for seeds and images alike.
+
+    Seeds share the test images, so averaging does not narrow the images' part: it is that of one
+    seed, the mean of the given halves. The seeds' part is Student's t with seeds - 1 degrees of
+    freedom. Their squares add up. A single seed has the images' part alone.
+
+    Args:
+        values: one per seed.
+        low: of the interval over images, per seed.
+        high: likewise.
+        confidence: that of `low` and `high`, and of the result.
+    """
+    values = np.asarray(values, dtype=float)
+    mean, seeds = values.mean(), len(values)
+    half = t.isf((1 - confidence) / 2, seeds - 1) * sem(values) if seeds > 1 else 0.0
+    below = np.hypot(half, (values - np.asarray(low)).mean())
+    above = np.hypot(half, (np.asarray(high) - values).mean())
+    return float(mean), float(mean - below), float(mean + above)

@@ -14,7 +14,13 @@ from bench.files import atomic_write, read_json
 from bench.paired import PAIR, paired_tests
 from bench.smoothing.log import read_log, read_protocol
 from bench.smoothing.protocol import radius_grid
-from bench.statistics import accuracy_interval, average_certified_radius, certified_accuracy
+from bench.statistics import (
+    accuracy_interval,
+    average_certified_radius,
+    average_radius_interval,
+    certified_accuracy,
+    pool_seeds,
+)
 
 KEY = ["method", "label", "family", "sigma", "seed"]
 LEADERBOARD_STEPS = 4
@@ -22,7 +28,7 @@ Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
 def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
-    """Write certified_accuracy, envelope, summary, paired and cost as CSV, and leaderboard.md.
+    """Write certified_accuracy and its kin, summary, paired and cost as CSV, and leaderboard.md.
 
     Raises:
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
@@ -38,6 +44,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
     tables = {
         "certified_accuracy": curves,
         "envelope": envelope(curves),
+        "pooled": pooled(curves),
         "summary": summary,
         "paired": _paired(read),
         "cost": cost,
@@ -132,6 +139,27 @@ def envelope(curves: pd.DataFrame) -> pd.DataFrame:
     return kept[[*columns, "n_images"]]
 
 
+def pooled(curves: pd.DataFrame) -> pd.DataFrame:
+    """The mean over seeds of every curve, with the variance of images and that of seeds apart.
+
+    `within_variance` is that of one seed's value over test images, `between_variance` that of the
+    values over seeds; of one seed there is no telling, and `interval_kind` says so.
+    """
+    keys = ["method", "label", "family", "sigma", "radius"]
+    rows = []
+    for key, part in curves.groupby(keys, sort=False):
+        values, seeds = part["value"], len(part)
+        mean, low, high = pool_seeds(values, part["low"], part["high"])
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {"value": mean, "low": max(low, 0.0), "high": min(high, 1.0), "seeds": seeds}
+            | {"within_variance": (values * (1 - values) / part["n_images"]).mean()}
+            | {"between_variance": values.var(ddof=1)}
+            | {"interval_kind": "images and seeds" if seeds > 1 else "images of one seed"}
+        )
+    return pd.DataFrame(rows)
+
+
 def _summary_row(
     experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
 ) -> dict[str, Any]:
@@ -140,6 +168,7 @@ def _summary_row(
     row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
+    acr_low, acr_high = average_radius_interval(log)
     for name, hits in (("clean", clean), ("smoothed", smoothed)):
         low, high = accuracy_interval(hits, images)
         row |= {f"{name}_accuracy": hits / images}
@@ -149,6 +178,8 @@ def _summary_row(
         "noisy_accuracy": log["n0_label"].sum() / log["n0"].sum() if log["n0"].any() else np.nan,
         "abstention": float((log["predict"] == -1).mean()),
         "average_certified_radius": average_certified_radius(log),
+        "acr_low": acr_low,
+        "acr_high": acr_high,
         "certification_seconds": protocol["seconds"],
         "samples_per_image": float(log["samples"].mean()),
         "machine": protocol["machine"],

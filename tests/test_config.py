@@ -70,7 +70,9 @@ def test_the_committed_schema_is_the_models():
     assert json.loads((ROOT / "bench/experiment.schema.json").read_text()) == json_schema()
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "config").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in (ROOT / "config").glob("*.yaml")} - {"claims"})
+)
 def test_shipped_experiments_load(name):
     assert load_experiment(ROOT / f"config/{name}.yaml").name == name
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binom
 
 from bench.errors import BenchError
 from bench.paired import holm, mcnemar, paired_difference_interval, paired_tests
@@ -17,6 +18,13 @@ def test_mcnemar_by_hand():
     assert mcnemar(5, 5) == 1.0
     assert mcnemar(0, 6) == pytest.approx(2 / 2**6)
     assert mcnemar(1, 7) == pytest.approx(2 * (1 + 8) / 2**8)
+
+
+def test_mcnemar_is_twice_the_smaller_binomial_tail():
+    for only_a in range(12):
+        for only_b in range(12):
+            tail = binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
+            assert mcnemar(only_a, only_b) == pytest.approx(min(2 * tail, 1.0))
 
 
 def test_holm_by_hand():
@@ -41,6 +49,12 @@ def test_images_are_joined_by_index_and_radius_counts():
     assert table["only_b"].tolist() == [0, 0]
     with pytest.raises(BenchError, match="different images"):
         paired_tests({"a": log([1, 1, 0, 0]), "b": log([1, 1, 0])}, [0.5])
+
+
+def test_holm_keeps_the_familywise_error_that_uncorrected_values_exceed():
+    p_values = np.random.default_rng(0).random((5_000, 10))
+    assert np.mean([(holm(row) < 0.05).any() for row in p_values]) < 0.06
+    assert np.mean((p_values < 0.05).any(axis=1)) > 0.35
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.02, 0.02), (0.2, 0.05), (0.3, 0.3), (0.1, 0.0)])

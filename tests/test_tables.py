@@ -10,7 +10,8 @@ import pytest
 from bench.config import Experiment
 from bench.errors import BenchError
 from bench.smoothing.log import write_log
-from bench.tables import build_tables
+from bench.statistics import pool_seeds
+from bench.tables import build_tables, pooled
 
 SIGMAS = [0.25, 0.5]
 METHODS = ["undefended", "lora"]
@@ -112,7 +113,32 @@ def test_summary_numbers(tables: Path) -> None:
     assert row["abstention"] == 0.25
     assert row["average_certified_radius"] == pytest.approx(1.5 / 4)
     assert row["smoothed_low"] < 0.5 < row["smoothed_high"]
+    assert row["acr_low"] < row["average_certified_radius"] < row["acr_high"]
     assert (row["samples_per_image"], row["certification_seconds"]) == (110, 9.0)
+
+
+def test_pooling_one_seed_changes_nothing_and_says_so(tables: Path) -> None:
+    curves = pd.read_csv(tables / "certified_accuracy.csv")
+    frame = pd.read_csv(tables / "pooled.csv")
+    columns = ["method", "sigma", "radius", "value", "low", "high"]
+    pd.testing.assert_frame_equal(frame[columns], curves[columns])
+    assert set(frame["interval_kind"]) == {"images of one seed"}
+    assert frame["between_variance"].isna().all()
+
+
+def test_pooling_keeps_the_variance_of_seeds_and_of_images_apart(tables: Path) -> None:
+    curves = pd.read_csv(tables / "certified_accuracy.csv")
+    other = curves.assign(seed=1, value=curves["value"] / 2, low=curves["low"] / 2)
+    frame = pooled(pd.concat([curves, other], ignore_index=True))
+    assert len(frame) == len(curves)
+    row = frame.query("method == 'lora' and sigma == 0.5 and radius == 0").iloc[0]
+    one = curves.query("method == 'lora' and sigma == 0.5 and radius == 0").iloc[0]
+    assert (row["seeds"], row["interval_kind"]) == (2, "images and seeds")
+    assert row["value"] == 0.375
+    assert row["between_variance"] == pytest.approx(0.25**2 / 2)
+    assert row["within_variance"] == pytest.approx((0.5 * 0.5 + 0.25 * 0.75) / 2 / 4)
+    expected = pool_seeds([0.5, 0.25], [one["low"], one["low"] / 2], [one["high"]] * 2)
+    assert (row["low"], row["high"]) == (max(expected[1], 0), min(expected[2], 1))
 
 
 def test_cost_leaves_the_head_out(tables: Path) -> None:

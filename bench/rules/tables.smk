@@ -32,6 +32,9 @@ rule tables:
             category="Tables",
             caption="../report/envelope.rst",
         ),
+        pooled=report(
+            f"{TABLES}/pooled.csv", category="Tables", caption="../report/pooled.rst"
+        ),
         paired=report(
             f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
         ),
@@ -94,3 +97,28 @@ rule compare_published:
     shell:
         "python -m bench published --experiment {params.experiment} --accuracy {input.accuracy}"
         " --published {input.published} --output {output} > {log} 2>&1"
+
+
+rule claims:
+    input:
+        claims=os.path.relpath(f"{workflow.basedir}/config/claims.yaml"),
+        tables=judged_tables,
+        code=code_of(
+            "bench/claims.py",
+            "bench/paired.py",
+            "bench/statistics.py",
+        ),
+    output:
+        verdicts=report(
+            "results/claims/claims.csv",
+            category="Claims",
+            caption="../report/claims.rst",
+        ),
+        page="results/claims/claims.md",
+    log:
+        "results/claims/claims.log",
+    benchmark:
+        "results/claims/claims.tsv"
+    shell:
+        "python -m bench claims --claims {input.claims} --results results"
+        " --results results/reference --output {output.verdicts} 2>&1 | tee {log}"

@@ -1,0 +1,356 @@
+"""Verdicts: what the numbers say, on small tables whose every number is known and on our own."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from bench.claims import VERDICTS, build_claims, load_claims, render, verdict_of
+from bench.config import load_experiment
+from bench.errors import BenchError
+from bench.paired import paired_difference_interval
+from bench.statistics import accuracy_interval, pool_seeds
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "config/claims.yaml"
+REFERENCE = ROOT / "results/reference"
+PLANNED = {"cifar10", "cifar10_model_noise", "imagenet", "imagenet_model_noise"}
+IMAGES = 400
+AT = {"sigmas": [0.5], "radii": [0.5]}
+LEVEL = {"kind": "at_least", "methods": ["lora"], **AT, "value": 0.6}
+ABOVE = {"kind": "difference_at_least", "methods": ["lora"], "rivals": ["cnn"], **AT, "value": 0.1}
+EQUAL = {"kind": "within", "methods": ["lora"], "rivals": ["cnn"], **AT, "margin": 0.1}
+CHEAPER = {
+    "kind": "ratio_at_least",
+    "methods": ["lora"],
+    "rivals": ["cnn"],
+    "sigmas": [0.5],
+    "costs": ["trainable_parameters"],
+    "value": 10,
+}
+
+
+def write_curves(folder: Path, values: dict[str, float | list[float]]) -> None:
+    """Certified accuracy at sigma 0.5, radius 0 (all right) and 0.25, a value per seed."""
+    rows = []
+    for method, per_seed in values.items():
+        for seed, value in enumerate(np.atleast_1d(per_seed)):
+            for radius, share in ((0.0, 1.0), (0.25, value)):
+                point = {"method": method, "sigma": 0.5, "seed": seed, "radius": radius}
+                rows.append({**point, "value": share, "n_images": IMAGES})
+    folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(folder / "certified_accuracy.csv", index=False)
+
+
+def write_pairs(folder: Path, *pairs: tuple[str, str, int, int]) -> None:
+    """paired.csv at sigma 0.5 and radius 0.25: a, b, images of a alone, of b alone."""
+    columns = ["method_a", "method_b", "only_a", "only_b"]
+    table = pd.DataFrame(pairs, columns=columns)
+    table.assign(sigma=0.5, seed=0, radius=0.25, n_images=IMAGES).to_csv(
+        folder / "paired.csv", index=False
+    )
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """Tables of an experiment `mine`: lora 0.7, cnn 0.5; every image of cnn is one of lora."""
+    folder = tmp_path / "results/mine/tables"
+    write_curves(folder, {"lora": 0.7, "cnn": 0.5})
+    write_pairs(folder, ("cnn", "lora", 0, 80))
+    cost = {"method": ["lora", "cnn"], "sigma": 0.5, "seed": 0, "trainable_parameters": [10, 100]}
+    pd.DataFrame(cost).to_csv(folder / "cost.csv", index=False)
+    return folder
+
+
+def judge(tables: Path, rule: dict, experiment: str = "mine") -> pd.Series:
+    """The one reading of one claim."""
+    root = tables.parents[2]
+    claim = {"text": "t", "source": "s", "transferred_to": [experiment], "rule": rule}
+    (root / "claims.yaml").write_text(yaml.safe_dump({"claims": {"one": claim}}))
+    table = build_claims(root / "claims.yaml", [root / "results"], root / "claims.csv")
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+@pytest.mark.parametrize(
+    ("interval", "target", "verdict"),
+    [
+        ((0.1, 0.2), (0.1, np.inf), "supported"),
+        ((0.0, 0.2), (0.1, np.inf), "undecided"),
+        ((0.0, 0.09), (0.1, np.inf), "contradicted"),
+        ((-0.04, 0.04), (-0.05, 0.05), "supported"),
+        ((-0.04, 0.06), (-0.05, 0.05), "undecided"),
+        ((-0.2, 0.2), (-0.05, 0.05), "undecided"),
+        ((0.06, 0.2), (-0.05, 0.05), "contradicted"),
+        ((-0.2, -0.06), (-0.05, 0.05), "contradicted"),
+        ((np.nan, np.nan), (-0.05, 0.05), "undecided"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(interval, target, verdict):
+    assert verdict_of(*interval, target) == verdict
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"), [(0.7, "supported"), (0.62, "undecided"), (0.5, "contradicted")]
+)
+def test_a_level_follows_its_table(tables, value, verdict):
+    write_curves(tables, {"lora": value})
+    row = judge(tables, LEVEL)
+    low, high = map(float, accuracy_interval(round(value * IMAGES), IMAGES))
+    assert (row["verdict"], row["effect"]) == (verdict, value)
+    assert (row["low"], row["high"]) == pytest.approx((low, high))
+    assert row["interval_kind"] == "Clopper-Pearson; images of one seed"
+
+
+@pytest.mark.parametrize(
+    ("only_lora", "only_cnn", "verdict"),
+    [(80, 0, "supported"), (60, 15, "undecided"), (30, 30, "contradicted")],
+)
+def test_a_difference_follows_the_paired_table_whichever_comes_first(
+    tables, only_lora, only_cnn, verdict
+):
+    expected = paired_difference_interval(only_lora, only_cnn, IMAGES)
+    for pair in (("cnn", "lora", only_cnn, only_lora), ("lora", "cnn", only_lora, only_cnn)):
+        write_pairs(tables, pair)
+        row = judge(tables, ABOVE)
+        assert row["verdict"] == verdict
+        assert (row["low"], row["high"]) == pytest.approx(expected)
+        assert row["interval_kind"] == "paired; images of one seed"
+        assert row["evidence"] == (
+            f"{tables / 'paired.csv'}: sigma 0.5, radius 0.25, seed 0: lora against cnn"
+        )
+
+
+@pytest.mark.parametrize(
+    ("only_lora", "only_cnn", "verdict"),
+    [(40, 40, "supported"), (80, 40, "undecided"), (80, 0, "contradicted")],
+)
+def test_equivalence_needs_both_sides(tables, only_lora, only_cnn, verdict):
+    write_pairs(tables, ("lora", "cnn", only_lora, only_cnn))
+    assert judge(tables, EQUAL)["verdict"] == verdict
+
+
+def test_a_pair_that_the_table_lacks_is_independent_and_wider(tables):
+    paired = judge(tables, ABOVE)
+    write_pairs(tables, ("cnn", "other", 0, 80))
+    apart = judge(tables, ABOVE)
+    assert apart["interval_kind"] == "independent; images of one seed"
+    assert "certified_accuracy.csv" in apart["evidence"]
+    assert [apart["effect"], paired["effect"]] == pytest.approx([0.2, 0.2])
+    assert apart["high"] - apart["low"] > 1.2 * (paired["high"] - paired["low"])
+
+
+def test_rivals_may_come_from_another_experiment(tables):
+    other = tables.parents[1] / "other/tables"
+    write_curves(other, {"cnn": 0.3})
+    row = judge(tables, {**ABOVE, "rivals_experiment": "other"})
+    assert row["effect"] == pytest.approx(0.4)
+    assert row["interval_kind"].startswith("independent")
+    assert str(other) in row["evidence"]
+    row = judge(tables, {**ABOVE, "rivals_experiment": "absent"})
+    assert (row["verdict"], row["reason"]) == ("undecided", "not run")
+
+
+def test_a_curve_that_has_ended_is_zero(tables):
+    row = judge(tables, {**LEVEL, "radii": [1.5], "value": 0.1})
+    assert (row["effect"], row["verdict"]) == (0.0, "contradicted")
+
+
+def test_the_best_of_a_group_pays_for_the_choice(tables):
+    methods = [f"m{number}" for number in range(4)]
+    write_curves(tables, dict.fromkeys(methods, 0.62))
+    row = judge(tables, {**LEVEL, "methods": methods})
+    low, high = map(float, accuracy_interval(248, IMAGES, 1 - 0.05 / 4))
+    assert (row["low"], row["high"]) == pytest.approx((low, high))
+    assert row["comparisons"] == 4
+
+
+def best_coverage(corrected: bool) -> float:
+    """How often the interval of the best of 8 equal methods holds their accuracy."""
+    hits = np.random.default_rng(0).binomial(IMAGES, 0.6, size=(4_000, 8))
+    if corrected:
+        low, high = (e.max(axis=1) for e in accuracy_interval(hits, IMAGES, 1 - 0.05 / 8))
+    else:
+        low, high = accuracy_interval(hits.max(axis=1), IMAGES)
+    return ((low <= 0.6) & (high >= 0.6)).mean()
+
+
+def test_the_winner_covers_only_when_it_pays():
+    assert best_coverage(corrected=True) > 0.95
+    assert best_coverage(corrected=False) < 0.9
+
+
+def test_several_seeds_are_pooled(tables):
+    values = [0.7, 0.5, 0.9]
+    write_curves(tables, {"lora": values})
+    row = judge(tables, LEVEL)
+    low, high = accuracy_interval(np.array(values) * IMAGES, IMAGES)
+    expected = pool_seeds(values, low, high)
+    assert (row["effect"], row["low"], row["high"]) == pytest.approx(expected)
+    assert (row["verdict"], row["seeds"]) == ("undecided", 3)
+    assert row["interval_kind"] == "Clopper-Pearson; images and seeds"
+    assert "seed 0, 1, 2" in row["evidence"]
+
+
+@pytest.mark.parametrize(("rival", "verdict"), [(100, "supported"), (99, "contradicted")])
+def test_a_ratio_of_counts_is_exact(tables, rival, verdict):
+    cost = pd.read_csv(tables / "cost.csv")
+    cost["trainable_parameters"] = [10, rival]
+    cost.to_csv(tables / "cost.csv", index=False)
+    row = judge(tables, CHEAPER)
+    assert (row["verdict"], row["effect"], row["interval_kind"]) == (verdict, rival / 10, "exact")
+    assert pd.isna(row["low"])
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(10, "supported"), (9.9, "contradicted")])
+def test_accounting_takes_the_smallest_parameterization(tables, ratio, verdict):
+    row = {"kind": ["lora", "bias"], "settings": ["r=1", ""], "ratio_with_head": [2, ratio]}
+    path = tables.parents[1] / "accounting.csv"
+    pd.DataFrame({**row, "data": "mine", "denoiser": "cnn"}).to_csv(path, index=False)
+    rule = {
+        "kind": "accounting_ratio_at_least",
+        "parameterizations": {"lora": "r=1", "bias": ""},
+        "denoiser": "cnn",
+        "costs": ["with_head"],
+        "value": 10,
+    }
+    row = judge(tables, rule)
+    assert (row["verdict"], row["effect"]) == (verdict, ratio)
+    with pytest.raises(BenchError, match=r"accounting\.csv has no kind lora, settings r=2"):
+        judge(tables, {**rule, "parameterizations": {"lora": "r=2"}})
+
+
+@pytest.mark.parametrize("rule", [LEVEL, ABOVE, EQUAL, CHEAPER], ids=lambda rule: rule["kind"])
+def test_what_has_not_run_is_undecided(tables, rule):
+    row = judge(tables, rule, "absent")
+    assert (row["verdict"], row["reason"]) == ("undecided", "not run")
+    assert pd.isna(row["effect"])
+
+
+def test_the_first_folder_that_has_an_experiment_counts(tables, tmp_path):
+    judge(tables, LEVEL)
+    write_curves(tmp_path / "live/mine/tables", {"lora": 0.2})
+    for folders, verdict in ((["live", "results"], "contradicted"), (["results"], "supported")):
+        paths = [tmp_path / folder for folder in folders]
+        table = build_claims(tmp_path / "claims.yaml", paths, tmp_path / "claims.csv")
+        assert table["verdict"].tolist() == [verdict]
+        assert table["evidence"].iloc[0].startswith(str(paths[0]))
+
+
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        ({**LEVEL, "kind": "most"}, r"claims\.one\.rule"),
+        ({**LEVEL, "methods": []}, r"claims\.one\.rule\.at_least\.methods"),
+        ({**LEVEL, "margin": 1}, r"claims\.one\.rule\.at_least\.margin"),
+        ({**CHEAPER, "costs": ["seconds"]}, r"rule\.ratio_at_least\.costs"),
+        (
+            {**LEVEL, "methods": ["lorra"]},
+            r"claims\.one: .*certified_accuracy\.csv has no method lor",
+        ),
+        ({**LEVEL, "radii": [0.3]}, r"claims\.one: .* has no radius 0\.15"),
+        ({**ABOVE, "rivals": ["cnm"]}, r"claims\.one: .*certified_accuracy\.csv has no method cnm"),
+        ({**CHEAPER, "rivals": ["cnm"]}, r"claims\.one: .*cost\.csv has no method cnm"),
+    ],
+)
+def test_a_mistake_is_named_with_file_and_key(tables, rule, named):
+    with pytest.raises(BenchError, match=rf"(?s)claims\.yaml.*{named}"):
+        judge(tables, rule)
+
+
+def test_missing_files_and_claims_judged_nowhere_are_named(tables, tmp_path):
+    with pytest.raises(BenchError, match=r"absent\.yaml"):
+        load_claims(tmp_path / "absent.yaml")
+    (tmp_path / "nowhere.yaml").write_text(
+        yaml.safe_dump({"claims": {"one": {"text": "t", "source": "s", "rule": LEVEL}}})
+    )
+    with pytest.raises(BenchError, match=r"nowhere\.yaml.*\n.*claims\.one.*name an experiment"):
+        load_claims(tmp_path / "nowhere.yaml")
+    judge(tables, ABOVE)
+    with pytest.raises(BenchError, match=r"--results .*nothing is no folder"):
+        build_claims(tmp_path / "claims.yaml", [tmp_path / "nothing"], tmp_path / "claims.csv")
+    (tables / "paired.csv").unlink()
+    with pytest.raises(BenchError, match=r"claims\.one: .*paired\.csv is missing"):
+        judge(tables, ABOVE)
+
+
+def test_every_shipped_claim_fits_its_experiments():
+    """A misspelled experiment would stay undecided for good."""
+    for name, claim in load_claims(SHIPPED).claims.items():
+        for reading in claim.readings():
+            if claim.rule.kind == "accounting_ratio_at_least" or reading.experiment in PLANNED:
+                continue
+            rivals = getattr(claim.rule, "rivals_experiment", None) or reading.experiment
+            own = load_experiment(ROOT / f"config/{reading.experiment}.yaml")
+            theirs = load_experiment(ROOT / f"config/{rivals}.yaml")
+            assert set(claim.rule.methods) <= set(own.methods), name
+            assert set(getattr(claim.rule, "rivals", [])) <= set(theirs.methods), name
+            assert {reading.sigma} <= set(own.sigmas) & set(theirs.sigmas), name
+            if not reading.cost:
+                steps = reading.radius / own.radius_step
+                assert steps == pytest.approx(round(steps)), name
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> pd.DataFrame:
+    """Verdicts on the committed tables."""
+    output = tmp_path_factory.mktemp("reference") / "claims.csv"
+    return build_claims(SHIPPED, [REFERENCE], output)
+
+
+def test_the_committed_verdicts_are_those_of_the_committed_tables(reference):
+    committed = pd.read_csv(REFERENCE / "claims.csv")
+    keys = ["claim", "experiment", "form", "verdict"]
+    pd.testing.assert_frame_equal(reference[keys], committed[keys])
+    numbers = ["sigma", "radius", "effect", "low", "high", "lowest", "highest"]
+    pd.testing.assert_frame_equal(
+        reference[numbers].astype(float), committed[numbers].astype(float)
+    )
+    assert (REFERENCE / "claims.md").read_text() == render(reference)
+
+
+def test_the_readme_counts_the_committed_verdicts(reference):
+    counts, absent = reference["verdict"].value_counts(), (reference["reason"] == "not run").sum()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    supported, contradicted, undecided = (counts[verdict] for verdict in VERDICTS)
+    assert f"{supported} of {len(reference)} readings are supported" in readme
+    assert f"{contradicted} contradicted, {undecided} undecided, {absent} of which" in readme
+
+
+def test_verdicts_on_the_reference_are_what_its_numbers_say(reference):
+    ran = reference[reference["reason"] != "not run"]
+    assert set(ran["experiment"]) == {"quick", "cifar10", "imagenet"}
+    assert set(ran.loc[ran["experiment"] != "quick", "kind"]) == {"accounting_ratio_at_least"}
+    verdicts = ran[ran["experiment"] == "quick"].groupby("claim")["verdict"].agg(list)
+    # README: LoRA is at most level with the small DnCNN, which trains 21 k weights, not 500 k.
+    assert verdicts["over_cnn_denoiser_by_20"] == ["contradicted"] * 3
+    assert verdicts["over_cnn_denoiser_by_30"] == ["contradicted"] * 3
+    assert verdicts["tenth_of_cnn_denoiser_measured"] == ["contradicted"] * 2
+    assert verdicts["fraction_of_retraining"] == ["supported", "contradicted"]
+    counted = ran[ran["kind"] == "accounting_ratio_at_least"]
+    accounting = pd.read_csv(REFERENCE / "accounting.csv")
+    lora = accounting[
+        (accounting["settings"] == "r=8, lora_alpha=16") & (accounting["kind"] == "lora")
+    ].set_index(["data", "denoiser"])
+    found = counted[counted["claim"] == "tenth_of_cnn_denoiser_lora"]
+    assert found["effect"].tolist() == pytest.approx(
+        lora.loc[[("cifar10", "DnCNN"), ("imagenet", "DnCNN")]][
+            ["ratio_without_head", "ratio_with_head"]
+        ]
+        .to_numpy()
+        .ravel()
+    )
+    assert set(found["verdict"]) == {"contradicted"}
+
+
+def test_the_page_leaves_out_no_reading(reference):
+    page = render(reference)
+    for verdict, number in reference["verdict"].value_counts().items():
+        assert f"## {verdict}: {number}\n" in page
+    absent = reference["reason"] == "not run"
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    counts = [int(row[-1].rstrip(" |")) for row in rows if len(row) == 3 and row[0] != "| not run"]
+    assert sum(counts) == absent.sum()
+    assert sum(len(row) == 5 for row in rows) == 3 + (~absent).sum()
