@@ -11,11 +11,17 @@ from torch import Tensor
 
 import bench
 from bench.backbones import Classifier, compile_for_inference
-from bench.config import CertificationSettings, Experiment
+from bench.config import CertificationSettings, Experiment, NoiseResolution
 from bench.data import ImageSplit, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json, write_json
-from bench.model_folder import check_identity, identity_of, load_classifier, read_spec
+from bench.model_folder import (
+    ClassifierSpec,
+    check_identity,
+    identity_of,
+    load_classifier,
+    read_spec,
+)
 from bench.progress import track
 from bench.provenance import machine, pick_device, pick_precision, provenance
 from bench.resolution import Resized, resized
@@ -91,17 +97,9 @@ def certify_method(
         model: the model folder.
         output: the log. Votes are kept beside it, and a rerun continues from them.
         shard: which share of the images, from 1.
-
-    Raises:
-        BenchError: the folder belongs to other settings, or to noise at another resolution.
     """
     check_identity(model, identity_of(experiment, method, sigma, seed))
-    spec, wanted_resolution = read_spec(model), experiment.point(method).noise_resolution
-    if spec.noise_resolution != wanted_resolution:
-        raise BenchError(
-            f"{model}/classifier.json: noise_resolution is {spec.noise_resolution}, "
-            f"methods.{method} needs {wanted_resolution}, which its baseline must support"
-        )
+    spec = _spec_at(model, method, experiment.point(method).noise_resolution)
     data = resized(load_data(experiment.data), spec.noise_size)
     settings = experiment.certification
     wanted = spread(len(data.test.labels), settings.test_images)
@@ -124,6 +122,17 @@ def certify_method(
         },
     )
     run_task(task, output)
+
+
+def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> ClassifierSpec:
+    """The folder's spec; a baseline may have ignored where the method's noise is to be."""
+    spec = read_spec(model)
+    if spec.noise_resolution != resolution:
+        raise BenchError(
+            f"{model}/classifier.json: noise_resolution is {spec.noise_resolution}, "
+            f"methods.{method} needs {resolution}, which its baseline must support"
+        )
+    return spec
 
 
 def run_task(task: Task, output: Path) -> pd.DataFrame:

@@ -152,10 +152,10 @@ def _draw_methods(axis: Axes, curves: pd.DataFrame, radius: str, look: Look) -> 
 
 
 def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> Figure:
-    """The same curves against the radius where the noise is (above) and in native pixels."""
+    """The same curves against the radius as certified (above) and in native pixels."""
     figure, axes = _panels(experiment, look.handles(lines=True), rows=2)
     count = len(experiment.sigmas)
-    rows = {"radius": "radius where the noise is", "native_radius": "radius in native pixels"}
+    rows = {"radius": "radius as certified", "native_radius": "radius in native pixels"}
     for place, (column, words) in enumerate(rows.items()):
         row = axes[place * count : (place + 1) * count]
         for axis, sigma in zip(row, experiment.sigmas, strict=True):
