@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bench.config import BackboneSettings
 from bench.errors import BenchError
+from bench.resolution import resize
 
 # Components named in a model folder come from this checkout, never from elsewhere.
 TRUSTED_PACKAGES = ("bench.", "baselines.")
@@ -54,8 +55,7 @@ class Classifier(nn.Module):
     def classify(self, pixels: Tensor) -> Tensor:
         """Logits of `pixels`, the denoiser left out."""
         if self.input_size is not None:
-            size = (self.input_size, self.input_size)
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+            pixels = resize(pixels, self.input_size)
         normalised = (pixels - self.mean) / self.std
         dtype = next(self.network.parameters()).dtype
         features = self.network.forward_features(normalised.to(dtype))  # type: ignore[operator]

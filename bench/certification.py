@@ -11,13 +11,20 @@ from torch import Tensor
 
 import bench
 from bench.backbones import Classifier, compile_for_inference
-from bench.config import CertificationSettings, Experiment
+from bench.config import CertificationSettings, Experiment, NoiseResolution
 from bench.data import ImageSplit, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json, write_json
-from bench.model_folder import check_identity, identity_of, load_classifier, read_spec
+from bench.model_folder import (
+    ClassifierSpec,
+    check_identity,
+    identity_of,
+    load_classifier,
+    read_spec,
+)
 from bench.progress import track
 from bench.provenance import machine, pick_device, pick_precision, provenance
+from bench.resolution import Resized, resized
 from bench.smoothing.engine import Certificate, certify
 from bench.smoothing.journal import Journal
 from bench.smoothing.log import cohen_path, read_log, read_protocol, write_cohen_log, write_log
@@ -92,12 +99,14 @@ def certify_method(
         shard: which share of the images, from 1.
     """
     check_identity(model, identity_of(experiment, method, sigma, seed))
-    data, settings = load_data(experiment.data), experiment.certification
+    spec = _spec_at(model, method, experiment.point(method).noise_resolution)
+    data = resized(load_data(experiment.data), spec.noise_size)
+    settings = experiment.certification
     wanted = spread(len(data.test.labels), settings.test_images)
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
-        weights_sha256=read_spec(model).answers_sha256,
+        weights_sha256=spec.answers_sha256,
         test=data.test,
         classes=data.classes,
         data_sha256=data.sha256,
@@ -113,6 +122,17 @@ def certify_method(
         },
     )
     run_task(task, output)
+
+
+def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> ClassifierSpec:
+    """The folder's spec; a baseline may have ignored where the method's noise is to be."""
+    spec = read_spec(model)
+    if spec.noise_resolution != resolution:
+        raise BenchError(
+            f"{model}/classifier.json: noise_resolution is {spec.noise_resolution}, "
+            f"methods.{method} needs {resolution}, which its baseline must support"
+        )
+    return spec
 
 
 def run_task(task: Task, output: Path) -> pd.DataFrame:
@@ -167,7 +187,7 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         **task.names,
         "noise_seed": protocol.seed,
         "alpha_per_image": protocol.alpha_per_image,
-        "noise_resolution": "native",
+        **_resolution(task.test),
         "precision": pick_precision(settings.precision, device),
         "compile": "inductor" if settings.compile else "none",
         "n_images": len(task.wanted),
@@ -180,6 +200,13 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
     }
 
 
+def _resolution(test: ImageSplit) -> dict[str, Any]:
+    """Where the noise is added, and what turns radii there into native ones."""
+    if isinstance(test, Resized):
+        return {"noise_resolution": "model", "native_radius_factor": 1 / test.operator_norm}
+    return {"noise_resolution": "native", "native_radius_factor": 1.0}
+
+
 def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
     """What votes kept from an earlier run must have been drawn under; more images may join."""
     free = IMAGES + (STOPPING if meaning["mode"] == "decide" else ())
@@ -189,7 +216,7 @@ def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
 def _code_hash(classifier: Classifier) -> str:
     """Hash of the sources that votes and decisions come from: this project's, of this model."""
     root = Path(bench.__file__).parent
-    files = {*root.glob("smoothing/*.py"), Path(__file__)}
+    files = {*root.glob("smoothing/*.py"), root / "resolution.py", Path(__file__)}
     for module in classifier.modules():
         source = Path(inspect.getfile(type(module)))
         # Not the checkout: it may hold the environment as well.

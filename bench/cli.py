@@ -203,6 +203,18 @@ def accounting(output: Output) -> None:
 
 
 @app.command()
+def resolution(
+    native: Annotated[int, typer.Option(help="Side of the data's images, in pixels.")],
+    size: Annotated[int, typer.Option(help="Side that they are resized to, in pixels.")],
+    sigma: Sigma,
+) -> None:
+    """Print what noise and radii on resized images are in native pixels, by interpolation."""
+    from bench.resolution import resolution_table
+
+    typer.echo(resolution_table(native, size, sigma).to_string(index=False))
+
+
+@app.command()
 def figures(
     experiment: ExperimentFile,
     tables: Annotated[Path, typer.Option(help="Folder of the tables.")],

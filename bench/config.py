@@ -27,6 +27,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 Scalar = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
 Access = Literal["logits", "probabilities", "top1"]
+# Noise is added to the data's own pixels, or to images resized to `backbone.input_size`.
+NoiseResolution = Literal["native", "model"]
 T = TypeVar("T")
 # One value for all noise levels, or one for each.
 PerSigma: TypeAlias = T | dict[PositiveFloat, T]
@@ -51,6 +53,10 @@ class BackboneSettings(Settings):
     arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
     input_size: PositiveInt | None = None
     pretrained: bool = False
+
+    def noise_size(self, resolution: NoiseResolution) -> int | None:
+        """Side that images are resized to before the noise; None leaves them as they are."""
+        return self.input_size if resolution == "model" else None
 
 
 class RemoteSettings(Settings):
@@ -235,6 +241,7 @@ class Method(Settings):
     parameterization: Parameterization = Frozen()
     objective: Objective = CrossEntropy()
     train_sigma: NonNegativeFloat | None = None
+    noise_resolution: NoiseResolution = "native"
     start: Name = BASE
     denoiser: SharedDenoiser | None = None
     surrogates: list[Name] = Field(default_factory=list)
@@ -268,6 +275,15 @@ class Method(Settings):
         for key in ("baseline", "denoiser"):
             if getattr(self, key) is not None:
                 raise ValueError(f"start and {key} exclude each other: remove one")
+        return self
+
+    @model_validator(mode="after")
+    def _denoisers_are_native(self) -> "Method":
+        if self.noise_resolution != "native" and self.denoiser is not None:
+            raise ValueError(
+                "noise_resolution: model and denoiser exclude each other, since denoisers are "
+                "trained on native pixels: remove one"
+            )
         return self
 
     @model_validator(mode="after")
@@ -510,6 +526,16 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _the_model_has_a_resolution(self) -> "Experiment":
+        for name, method in self.methods.items():
+            if method.noise_resolution == "model" and self.backbone.input_size is None:
+                raise ValueError(
+                    f"methods.{name}.noise_resolution: model needs backbone.input_size, which "
+                    "images are resized to before the noise: set it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _objectives_know_every_sigma(self) -> "Experiment":
         for name, sigma in sorted(self.models()):
             try:
@@ -543,6 +569,11 @@ class Experiment(Settings):
                     f"methods.{name}.{key} means nothing to baseline {method.baseline}: remove it; "
                     f"baselines/{method.baseline}/README.md says what is trained there"
                 )
+
+    @property
+    def noise_resolutions(self) -> set[NoiseResolution]:
+        """Those that the methods' noise is added at."""
+        return {method.noise_resolution for method in self.methods.values()}
 
     def sigmas_of(self, method: str) -> list[float]:
         """The noise levels that a method runs at: the experiment's, or those it names."""
@@ -612,14 +643,15 @@ class Experiment(Settings):
         """Hash of the settings that define one model folder (labels do not)."""
         chosen, sigma = self.point(method), self.training_sigma(method, sigma)
         labels = {"label", "family", "sigmas", "published", "grid"}
-        point = chosen.model_dump(
-            exclude={*labels, "training", "objective", "train_sigma", "start"}
-        )
+        own = {"training", "objective", "train_sigma", "start", "noise_resolution"}
+        point = chosen.model_dump(exclude=labels | own)
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
         training = self.method_training(method).model_dump()
         start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
         if self.pretrain.data is not None:
             start.append(sha256_json(self.data.model_dump()))
+        if chosen.noise_resolution != "native":
+            start.append(chosen.noise_resolution)
         if chosen.start != BASE:
             start.append(self.training_fingerprint(chosen.start, sigma, seed))
         if chosen.denoiser is not None:

@@ -93,6 +93,8 @@ def draw_figures(
         flops = "training FLOPs\n(hollow: with the base's pretraining)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
         _save(figure, folder / "accuracy_vs_compute")
+        if len(experiment.noise_resolutions) > 1:
+            _save(_conventions(experiment, accuracy, look), folder / "noise_resolution")
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -103,17 +105,21 @@ def _read(path: Path) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def _panels(experiment: Experiment, legend: list[Line2D]) -> tuple[Figure, list[Axes]]:
+def _panels(
+    experiment: Experiment, legend: list[Line2D], rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """Panels with a column per sigma, row by row."""
     count = len(experiment.sigmas)
-    width = 3.4 * count + 2.9
+    size = (3.4 * count + 2.9, 4.2 * rows)
     figure, axes = plt.subplots(
-        1, count, figsize=(width, 4.2), sharey=True, squeeze=False, layout="constrained"
+        rows, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     figure.legend(handles=legend, loc="outside right center", fontsize=9)
     for axis, sigma in zip(axes[0], experiment.sigmas, strict=True):
         axis.set_title(f"σ = {sigma:g}", fontsize=11)
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def _curves(
@@ -131,12 +137,33 @@ def _curves(
                 values = curve["certified_accuracy_percent"]
                 axis.plot(curve["radius"], values, color="0.75", linewidth=0.8, zorder=1)
         part = accuracy[accuracy["sigma"] == sigma]
-        for method, colour in look.colour.items():
-            own = part[part["method"] == method].groupby("radius")["value"].mean()
-            axis.plot(own.index, 100 * own, color=colour, linestyle=look.dash(method), lw=1.6)
+        _draw_methods(axis, part, "radius", look)
         axis.set(xlabel="ℓ2 radius ([0, 1] pixels)", ylim=(0, 100))
         axis.set_xlim(0, part["radius"].max())
     axes[0].set_ylabel("certified accuracy (%)")
+    return figure
+
+
+def _draw_methods(axis: Axes, curves: pd.DataFrame, radius: str, look: Look) -> None:
+    """Certified accuracy of every method against the column `radius`; seeds are averaged."""
+    for method, colour in look.colour.items():
+        own = curves[curves["method"] == method].groupby(radius)["value"].mean()
+        axis.plot(own.index, 100 * own, color=colour, linestyle=look.dash(method), lw=1.6)
+
+
+def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> Figure:
+    """The same curves against the radius as certified (above) and in native pixels."""
+    figure, axes = _panels(experiment, look.handles(lines=True), rows=2)
+    count = len(experiment.sigmas)
+    rows = {"radius": "radius as certified", "native_radius": "radius in native pixels"}
+    for place, (column, words) in enumerate(rows.items()):
+        row = axes[place * count : (place + 1) * count]
+        for axis, sigma in zip(row, experiment.sigmas, strict=True):
+            part = accuracy[accuracy["sigma"] == sigma]
+            _draw_methods(axis, part, column, look)
+            # The same axis in both rows, so that a curve is seen to shrink.
+            axis.set(xlabel=f"ℓ2 {words}", xlim=(0, part["radius"].max()), ylim=(0, 100))
+        row[0].set_ylabel("certified accuracy (%)")
     return figure
 
 

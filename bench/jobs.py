@@ -28,6 +28,7 @@ from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
 from bench.parameterizations import adapt, step_hook
 from bench.provenance import pick_device
+from bench.resolution import resized
 from bench.training import TrainingRecord, accuracy, fit
 
 
@@ -249,7 +250,8 @@ def train(
     point, sigma = experiment.point(method), experiment.training_sigma(method, sigma)
     settings = experiment.method_training(method)
     torch.manual_seed(seed)
-    device, data = pick_device(), load_data(experiment.data)
+    size = experiment.backbone.noise_size(point.noise_resolution)
+    device, data = pick_device(), resized(load_data(experiment.data), size)
     classifier = _starting_point(experiment, method, sigma, seed, base, data)
     classifier.denoiser, component = load_denoiser(experiment, method, sigma, seed, denoiser)
     classifier.to(device)
@@ -259,7 +261,7 @@ def train(
             settings, classifier, data, point.objective, sigma, point.learning_rate, seed
         )
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
-    spec = spec_of(experiment, data, point.parameterization, component)
+    spec = spec_of(experiment, data, point.parameterization, component, point.noise_resolution)
     merged = merge(classifier, adapter).eval()
     cost = route_cost(_certified_cost(cost, merged, data), point.start, base, denoiser)
     report = training_report(record, device, data, settings.model_dump())
@@ -288,6 +290,9 @@ def _starting_point(
         classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
     else:
         classifier = load_start(experiment, method, sigma, seed, base, data)
+    # At the model's resolution images come resized, whatever the start took.
+    native = point.noise_resolution == "native"
+    classifier.input_size = experiment.backbone.input_size if native else None
     steps = experiment.method_training(method).steps
     classifier.network = adapt(classifier.network, point.parameterization, steps)
     return classifier

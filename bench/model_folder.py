@@ -15,6 +15,7 @@ from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
     BackboneSettings,
     Experiment,
+    NoiseResolution,
     RemoteSettings,
 )
 from bench.data import Data
@@ -46,8 +47,15 @@ class ClassifierSpec(Settings):
     backbone: BackboneSettings | RemoteSettings
     parameterization: Parameterization = Frozen()
     denoiser: Component | None = None
-    noise_resolution: str = "native"
+    noise_resolution: NoiseResolution = "native"
     weights_sha256: str = ""
+
+    @property
+    def noise_size(self) -> int | None:
+        """Side that images are resized to before the noise; None leaves them as they are."""
+        if isinstance(self.backbone, RemoteSettings):
+            return None
+        return self.backbone.noise_size(self.noise_resolution)
 
     @property
     def answers_sha256(self) -> str:
@@ -81,6 +89,7 @@ def spec_of(
     data: Data,
     parameterization: Parameterization | None = None,
     denoiser: Component | None = None,
+    noise_resolution: NoiseResolution = "native",
 ) -> ClassifierSpec:
     """The spec of a classifier on this experiment's backbone and data."""
     return ClassifierSpec(
@@ -90,6 +99,7 @@ def spec_of(
         backbone=experiment.backbone.model_copy(update={"pretrained": False}),
         parameterization=parameterization or Frozen(),
         denoiser=denoiser,
+        noise_resolution=noise_resolution,
     )
 
 
@@ -165,6 +175,9 @@ def _build(spec: ClassifierSpec) -> Classifier:
     if isinstance(spec.backbone, RemoteSettings):
         return RemoteClassifier(RemoteModel(spec.backbone))
     classifier = create_classifier(spec.backbone, spec.classes, spec.channels)
+    if spec.noise_size is not None:
+        # Images come resized.
+        classifier.input_size = None
     insert_modules(classifier.network, spec.parameterization)
     return classifier
 

@@ -7,6 +7,7 @@ from fastapi import FastAPI, HTTPException
 
 from bench.backbones import Classifier
 from bench.config import Access
+from bench.errors import BenchError
 from bench.files import sha256_json
 from bench.model_folder import load_classifier, read_spec
 from bench.provenance import machine, pick_device, pick_precision
@@ -48,9 +49,14 @@ def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
     """The application that serves a model folder.
 
     Raises:
-        BenchError: the folder is no model folder.
+        BenchError: the folder is no model folder, or takes images that are resized outside.
     """
     spec, device = read_spec(folder), pick_device()
+    if spec.noise_size is not None:
+        raise BenchError(
+            f"{folder} takes images resized to {spec.noise_size} pixels before the noise, which "
+            "its clients cannot know: serve a model with noise_resolution: native"
+        )
     precision = pick_precision(precision, device)
     classifier = load_classifier(folder).for_inference(precision).to(device)
     # All that the answers' bits depend on.

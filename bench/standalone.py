@@ -16,6 +16,7 @@ from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
 from bench.model_folder import load_classifier, read_spec
 from bench.remote import RemoteClassifier, RemoteModel
+from bench.resolution import Resized
 from bench.statistics import certified_accuracy
 
 TIMM = "timm:"
@@ -38,7 +39,8 @@ def certify_anything(
             of a served model (docs/black-box.md).
         data: a data set that `bench fetch` knows, or a folder of `CLASS/IMAGE` files whose
             sorted class names are the classifier's outputs.
-        sigma: noise level in [0, 1] pixels of the images as the classifier takes them.
+        sigma: noise level in [0, 1] pixels of the images as the classifier takes them. Radii
+            are in these pixels; the sidecar has the factor that makes them native ones.
         images: how many test images, evenly spread.
         step: of the radius grid, l2 in [0, 1] pixels.
         changes: keys of `certification` with values as YAML text.
@@ -50,6 +52,7 @@ def certify_anything(
     settings = _settings({**changes, "test_images": str(images)})
     classifier, size, weights = _classifier(model)
     test, classes, name, digest = _test_images(data, size)
+    test = _noised_images(model, test)
     outputs = _outputs(classifier, test)
     if outputs != classes:
         raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
@@ -89,6 +92,14 @@ def _classifier(model: str) -> tuple[Classifier, int | None, str]:
         raise BenchError(f"--model {model}: weights cannot be fetched ({error})") from None
     state = {key: value.double().sum().item() for key, value in classifier.state_dict().items()}
     return classifier.eval(), int(config.input_size[-1]), sha256_json(state)
+
+
+def _noised_images(model: str, test: ImageSplit) -> ImageSplit:
+    """What noise is added to: `test`, resized where the model folder says so."""
+    if model.startswith((*HTTP, TIMM)):
+        return test
+    size = read_spec(Path(model)).noise_size
+    return test if size is None else Resized(test, size)
 
 
 def _outputs(classifier: Classifier, test: ImageSplit) -> int:

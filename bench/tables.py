@@ -107,7 +107,11 @@ def _curve(
         log, radius_grid(experiment.radius_step, steps * experiment.radius_step)
     )
     named = {"experiment": experiment.name, **_named(experiment, protocol)}
-    return curve.assign(**named)[[*named, *curve.columns]]
+    # Sidecars of before had native noise alone and no factor.
+    native_radius = curve["radius"] * protocol.get("native_radius_factor", 1.0)
+    resolution = protocol.get("noise_resolution", "native")
+    ordered = curve.assign(**named)[[*named, *curve.columns]]
+    return ordered.assign(noise_resolution=resolution, native_radius=native_radius)
 
 
 def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Figures of a synthetic twelve-method experiment."""
 
 import re
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -10,7 +11,14 @@ import pytest
 
 from bench.config import Experiment, FigureSettings, Method
 from bench.errors import BenchError
-from bench.figures import PUBLISHED_LABEL, Look, _at_radius, _join_families, draw_figures
+from bench.figures import (
+    PUBLISHED_LABEL,
+    Look,
+    _at_radius,
+    _conventions,
+    _join_families,
+    draw_figures,
+)
 from bench.statistics import accuracy_interval
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
@@ -120,6 +128,31 @@ def test_families_are_joined_only_where_the_experiment_says_so(
     for name, changes in (("certified_accuracy", False), ("accuracy_vs_parameters", True)):
         pair = [(folder / f"{name}.svg").read_text() for folder in (drawn, tmp_path)]
         assert (pair[0] != pair[1]) == changes
+
+
+def test_the_convention_is_drawn_where_an_experiment_has_both(
+    tables: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    resized = experiment.methods["lora"].model_copy(update={"noise_resolution": "model"})
+    both = experiment.model_copy(update={"methods": {**experiment.methods, "lora": resized}})
+    curves = pd.read_csv(tables / "certified_accuracy.csv")
+    factor = np.where(curves["method"] == "lora", 0.5, 1.0)
+    curves = curves.assign(native_radius=curves["radius"] * factor)
+    figure = _conventions(both, curves, Look(curves))
+    above, below = figure.axes[:3], figure.axes[3:]
+    place = list(experiment.methods).index("lora")
+    for top, bottom in zip(above, below, strict=True):
+        assert top.get_xlim() == bottom.get_xlim()
+        for number, (printed, native) in enumerate(zip(top.lines, bottom.lines, strict=True)):
+            shrunk = 0.5 if number == place else 1.0
+            assert native.get_xdata() == pytest.approx(shrunk * printed.get_xdata())
+            assert (native.get_ydata() == printed.get_ydata()).all()
+    plt.close(figure)
+    (tmp_path / "tables").mkdir()
+    curves.to_csv(tmp_path / "tables/certified_accuracy.csv", index=False)
+    shutil.copy(tables / "cost.csv", tmp_path / "tables")
+    draw_figures(both, tmp_path / "tables", None, tmp_path / "figures")
+    assert (tmp_path / "figures/noise_resolution.svg").exists()
 
 
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:

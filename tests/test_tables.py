@@ -41,7 +41,9 @@ def log_rows(radii: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def write_point(folder: Path, method: str, sigma: float, radii: list[float]) -> tuple[Path, Path]:
+def write_point(
+    folder: Path, method: str, sigma: float, radii: list[float], **more: Any
+) -> tuple[Path, Path]:
     """Log, sidecar and cost of one method and sigma; the path tells nothing."""
     number = len(list(folder.glob("*.tsv")))
     log, cost = folder / f"{number}.tsv", folder / f"cost{number}.json"
@@ -58,7 +60,7 @@ def write_point(folder: Path, method: str, sigma: float, radii: list[float]) -> 
         "n_images": len(rows),
     }
     run = {"seconds": 9.0, "machine": "m", "git_revision": "r", "git_dirty": False}
-    log.with_suffix(".json").write_text(json.dumps({**identity, **protocol, **run}))
+    log.with_suffix(".json").write_text(json.dumps({**identity, **protocol, **run, **more}))
     counts = {"trainable_parameters": 130, "head_parameters": 30, "training_flops": 5}
     cost.write_text(json.dumps({**identity, **counts}))
     return log, cost
@@ -72,7 +74,14 @@ def results(tmp_path: Path, smoke: Experiment) -> Results:
     files = [
         write_point(tmp_path, "lora", 0.5, [0.4, 1.1]),
         write_point(tmp_path, "undefended", 0.5, [0.1, 0.2]),
-        write_point(tmp_path, "lora", 0.25, [0.3, 0.8]),
+        write_point(
+            tmp_path,
+            "lora",
+            0.25,
+            [0.3, 0.8],
+            noise_resolution="model",
+            native_radius_factor=0.5,
+        ),
         write_point(tmp_path, "undefended", 0.25, [0.1, 0.6]),
     ]
     return smoke.model_copy(update=update), [f[0] for f in files], [f[1] for f in files]
@@ -96,6 +105,18 @@ def test_curves_share_a_grid_and_keep_the_order(tables: Path) -> None:
             assert part["radius"].tolist() == radii
     lora = frame[(frame["method"] == "lora") & (frame["sigma"] == 0.5)]
     assert lora["value"].tolist() == [0.5, 0.5, 0.25, 0.25, 0.25, 0.0]
+
+
+def test_native_radii_follow_from_the_sidecar(tables: Path) -> None:
+    frame = pd.read_csv(tables / "certified_accuracy.csv").set_index(["method", "sigma"])
+    assert list(frame.columns[-2:]) == ["noise_resolution", "native_radius"]
+    resized = frame.loc[("lora", 0.25)]
+    assert set(resized["noise_resolution"]) == {"model"}
+    assert resized["radius"].tolist() == [0, 0.25, 0.5, 0.75, 1.0]
+    assert resized["native_radius"].tolist() == [0, 0.125, 0.25, 0.375, 0.5]
+    native = frame.drop(index=("lora", 0.25))
+    assert set(native["noise_resolution"]) == {"native"}
+    assert (native["native_radius"] == native["radius"]).all()
 
 
 def test_envelope_takes_the_best_sigma_at_each_radius(tables: Path) -> None:

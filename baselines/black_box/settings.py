@@ -21,6 +21,7 @@ class BlackBoxSettings(BaselineSettings):
         "parameterization",
         "surrogates",
         "denoiser",
+        "noise_resolution",
     )
 
     access: Access = "logits"

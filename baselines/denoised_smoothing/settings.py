@@ -15,7 +15,7 @@ class DenoiserSettings(BaselineSettings):
     """Shape and training objective of the denoiser; defaults are the published shapes."""
 
     baseline: ClassVar[str] = "denoised_smoothing"
-    refused: ClassVar[tuple[str, ...]] = ("objective", "parameterization")
+    refused: ClassVar[tuple[str, ...]] = ("objective", "parameterization", "noise_resolution")
 
     architecture: Literal["dncnn", "memnet"] = "dncnn"
     depth: Annotated[int, Field(ge=2)] = 17

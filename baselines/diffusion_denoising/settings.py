@@ -19,6 +19,7 @@ class DiffusionSettings(BaselineSettings):
         "parameterization",
         "denoiser",
         "surrogates",
+        "noise_resolution",
     )
 
     channels: str | None = None

@@ -159,7 +159,15 @@ def published_option(wildcards, input):
 TRAIN_CODE = code_of(
     *(
         f"bench/{name}.py"
-        for name in ("backbones", "cost", "data", "jobs", "lenet", "training")
+        for name in (
+            "backbones",
+            "cost",
+            "data",
+            "jobs",
+            "lenet",
+            "resolution",
+            "training",
+        )
     ),
     "bench/objectives",
     "bench/parameterizations",
@@ -168,6 +176,7 @@ CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",
     "bench/lenet.py",
+    "bench/resolution.py",
     *(
         f"bench/smoothing/{name}.py"
         for name in (

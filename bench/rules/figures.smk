@@ -19,6 +19,15 @@ rule figures:
             category="Figures",
             caption="../report/compute.rst",
         ),
+        resolution=(
+            report(
+                multiext(f"{FIGURES}/noise_resolution", ".svg", ".png"),
+                category="Figures",
+                caption="../report/noise_resolution.rst",
+            )
+            if len(EXPERIMENT.noise_resolutions) > 1
+            else []
+        ),
     log:
         f"{RESULTS}/logs/figures.log",
     benchmark:
