@@ -262,7 +262,12 @@ def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
     )  # fmt: skip
     started = itertools.takewhile(lambda line: "rule pretrain:" not in line, run.stderr)
     before = "".join(started)
-    # Snakemake misses a signal in the instant in which it submits a job; the job takes longer.
+    # Snakemake misses a signal in the instant in which it submits a job; the job takes longer,
+    # and its log is there once it runs.
+    log = small / "results/smoke/logs/pretrain.log"
+    while not log.exists():
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(timeout=0.1)
     with pytest.raises(subprocess.TimeoutExpired):
         run.wait(timeout=2)
     # A terminal sends it to the whole group.
