@@ -6,13 +6,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from filelock import FileLock
 
 from bench.config import DataSettings, Experiment, load_experiment
 from bench.data import data_folder, fetch
 from bench.errors import BenchError
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per test process: the workers share the cores."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest file first, so that it does not run alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +45,8 @@ def fetched() -> Path:
     """Folder that holds a fetched Fashion-MNIST; skips where no source can be reached."""
     settings = DataSettings(name="fashion_mnist", directory=str(ROOT / "data"))
     try:
-        fetch(settings)
+        with FileLock(ROOT / ".fetch.lock"):  # workers start together
+            fetch(settings)
     except BenchError as error:
         pytest.skip(f"Fashion-MNIST cannot be fetched here: {error}")
     return data_folder(settings)
