@@ -41,11 +41,12 @@ def smoke() -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def fetched() -> Path:
+def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder that holds a fetched Fashion-MNIST; skips where no source can be reached."""
     settings = DataSettings(name="fashion_mnist", directory=str(ROOT / "data"))
     try:
-        with FileLock(ROOT / ".fetch.lock"):  # workers start together
+        # The workers start together; the folder above theirs is common to all.
+        with FileLock(tmp_path_factory.getbasetemp().parent / "fetch.lock"):
             fetch(settings)
     except BenchError as error:
         pytest.skip(f"Fashion-MNIST cannot be fetched here: {error}")
