@@ -33,6 +33,7 @@ mixtures, not a forger, who can make hashes as well. JSON without a hash counts 
   batch, and batch normalisation sees it, so the step would be another.
 - Snakemake compares times of files: an edit of the code that a wrong clock dates before the results
   reruns nothing. Settings are compared by content and always rerun.
+- Tables carry no hash: figures, claims and `bench compare` take them as they are.
 - Image folders are compared by names and sizes of files; CIFAR files that were there before
   `bench fetch` are held to what it found, not to published hashes.
 """

@@ -25,7 +25,7 @@ class Journal:
     """Append-only file of cumulative votes, valid for one meaning, held by one run at a time.
 
     Args:
-        path: JSON lines; the first names the meaning.
+        path: JSON lines, each after its checksum; the first names the meaning.
         meaning: hash of all that the votes depend on. A file with another one starts afresh.
 
     Raises:
@@ -41,15 +41,15 @@ class Journal:
         self._stream.seek(0)
         # The last piece is empty, or a line that a kill cut off.
         *lines, torn = self._stream.read().split(b"\n")
-        rows = self._parse(lines)
-        if rows[:1] != [{"meaning": meaning}]:
-            rows, torn = [], b""
+        head = {"meaning": meaning}
+        if lines[:1] != [checked(head).rstrip(b"\n")]:
+            lines, torn = [], b""
             self._stream.truncate(0)
-            self._write([{"meaning": meaning}])
+            self._write([head])
         if torn:
             self._stream.truncate(self._stream.tell() - len(torn))
         self._rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for row in rows[1:]:
+        for row in self._parse(lines[1:]):
             self._rows.setdefault((row["idx"], row["domain"]), []).append(row)
 
     @property
