@@ -4,5 +4,6 @@ import torch
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch failed to allocate memory; on the CPU it says so in words alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory could not be allocated; of the CPU's, torch says so in words alone."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
