@@ -1,7 +1,9 @@
 """Certification jobs: a classifier and a protocol in, a log and its sidecar out."""
 
 import inspect
-from dataclasses import asdict, dataclass, fields
+import logging
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from bench.config import CertificationSettings, Experiment, NoiseResolution
 from bench.data import ImageSplit, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json, write_json
+from bench.memory import out_of_memory
 from bench.model_folder import (
     ClassifierSpec,
     check_identity,
@@ -26,12 +29,14 @@ from bench.progress import track
 from bench.provenance import machine, pick_device, pick_precision, provenance
 from bench.resolution import Resized, resized
 from bench.smoothing.engine import Certificate, certify
-from bench.smoothing.journal import Journal
-from bench.smoothing.log import cohen_path, read_log, read_protocol, write_cohen_log, write_log
+from bench.smoothing.journal import Journal, kept_meaning
+from bench.smoothing.log import cohen_path, read_own_log, write_cohen_log, write_log
+from bench.smoothing.noise import BLOCK
 from bench.smoothing.protocol import Protocol, reachable_radii
 from bench.smoothing.rules import Decide, plan_of
 from bench.statistics import accuracy_interval
 
+log = logging.getLogger(__name__)
 # What a continued run may change: both only decide when to stop, see sequential.py.
 STOPPING = ("n", "futility")
 # Images do not affect each other; where they share alpha, `family_size` stays behind.
@@ -138,36 +143,87 @@ def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> Classifie
 def run_task(task: Task, output: Path) -> pd.DataFrame:
     """Certify the wanted images, write log and sidecar, return the log.
 
+    Where the device runs out of memory, batches are halved; the sidecar has the size that ran.
+
     Raises:
-        BenchError: `output` does not end in .tsv, so its companions could overwrite others'.
+        BenchError: `output` does not end in .tsv, so its companions could overwrite others'; or
+            no batch fits.
     """
     if output.suffix != ".tsv":
         raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")
     device = pick_device()
-    settings, protocol = task.settings, task.protocol
     images = task.test.batch(task.wanted).to(device)
-    precision = pick_precision(settings.precision, device)
-    classifier = task.classifier.for_inference(precision).to(device)
-    meaning = _meaning(task, device)
-    journal = Journal(output.with_suffix(".votes.jsonl"), sha256_json(_planned(meaning)))
-    if settings.compile:
-        shape = (settings.batch_size, *images.shape[1:])
-        compile_for_inference(classifier, images[:1].expand(shape).clone())
-    labels = task.test.labels[task.wanted].tolist()
-    stream = certify(
-        classifier, images, labels, task.wanted.tolist(), protocol, task.classes, journal
-    )
+    task.classifier.for_inference(pick_precision(task.settings.precision, device)).to(device)
+    planned, votes = _meaning(task, device), output.with_suffix(".votes.jsonl")
+    for size in _batch_sizes(planned, kept_meaning(votes)):
+        meaning = {**planned, "batch_size": size}
+        with closing(Journal(votes, sha256_json(_planned(meaning)))) as journal:
+            try:
+                rows = _certify_in_batches(task, size, images, journal)
+            except RuntimeError as error:
+                _expect_smaller_batches_to_fit(error, size, journal)
+                continue
+            _write_results(rows, meaning, device, output)
+            return pd.DataFrame(rows)
+    raise BenchError(f"{device} is out of memory even for batches of {size}: free some and rerun")
+
+
+def _batch_sizes(planned: dict[str, Any], kept: str | None) -> list[int]:
+    """Images per batch to try in turn: first as planned, or as the votes that are kept had it."""
+    sizes = [int(planned["batch_size"])]
+    while half := sizes[-1] // 2 // BLOCK * BLOCK:
+        sizes.append(half)
+    for size in sizes:
+        if sha256_json(_planned({**planned, "batch_size": size})) == kept:
+            return sizes[sizes.index(size) :]
+    return sizes
+
+
+def _expect_smaller_batches_to_fit(error: RuntimeError, size: int, journal: Journal) -> None:
+    """Return where `error` means that batches of `size` never fit.
+
+    All votes of an image come from one batch shape, so those that are kept are not mixed.
+
+    Raises:
+        RuntimeError: `error`, which means something else.
+        BenchError: such batches did fit before.
+    """
+    if not out_of_memory(error):
+        raise error
+    if journal.holds_votes:
+        raise BenchError(
+            f"out of memory, though batches of {size} images did fit before: free some and rerun, "
+            "it continues; or lower certification.batch_size, which starts anew"
+        )
+    log.warning("batches of %d images do not fit into memory: halving them", size)
+
+
+def _certify_in_batches(
+    task: Task, size: int, images: Tensor, journal: Journal
+) -> list[dict[str, Any]]:
+    """Certificates of `images` `(N, C, H, W)` by batches of `size`, sorted by image."""
+    if task.settings.compile:
+        batch = images[:1].expand(size, *images.shape[1:]).clone()
+        compile_for_inference(task.classifier, batch)
+    protocol = replace(task.protocol, batch_size=size)
+    labels, ids = task.test.labels[task.wanted].tolist(), task.wanted.tolist()
+    stream = certify(task.classifier, images, labels, ids, protocol, task.classes, journal)
     state = Progress()
     rows = [
         asdict(state.add(certificate))
         for certificate in track(stream, len(labels), "certifying", state.text)
     ]
-    rows.sort(key=lambda row: int(row["idx"]))
+    return sorted(rows, key=lambda row: int(row["idx"]))
+
+
+def _write_results(
+    rows: list[dict[str, Any]], meaning: dict[str, Any], device: torch.device, output: Path
+) -> None:
     write_log(rows, output)
     write_cohen_log(rows, cohen_path(output))
     spent = {name: sum(row[key] for row in rows) for name, key in SPENT.items()}
-    write_json(output.with_suffix(".json"), {**meaning, **spent, **provenance(device)})
-    return pd.DataFrame(rows)
+    told = {**meaning, **spent, "log_sha256": sha256_file(output), **provenance(device)}
+    write_json(output.with_suffix(".json"), told)
 
 
 SPENT = {"seconds": "time", "samples": "samples", "non_finite_votes": "non_finite"}
@@ -256,29 +312,32 @@ def gather(shards: list[Path], output: Path) -> None:
     Raises:
         BenchError: they do not belong together or do not cover the images.
     """
-    sidecars = [read_protocol(path) for path in shards]
-    own = {"n_images", "images_sha256", *SPENT, "machine"}
+    read = [read_own_log(path) for path in shards]
+    sidecars = [protocol for protocol, _ in read]
+    own = {"n_images", "images_sha256", "log_sha256", *SPENT, "machine", "batch_size"}
     first = {key: value for key, value in sidecars[0].items() if key not in own}
     for path, sidecar in zip(shards, sidecars, strict=True):
         for key, value in first.items():
             if sidecar.get(key) != value:
                 raise BenchError(f"{path}: {key} differs from {shards[0]}: certify both again")
-    logs = [read_log(path) for path in shards]
-    whole = pd.concat(logs).sort_values("idx")
+    whole = pd.concat([log for _, log in read]).sort_values("idx")
     if whole["idx"].duplicated().any():
         raise BenchError(f"{shards[0]} and others list the same image: certify again")
     found = sha256_json(whole["idx"].tolist())
     if found != first.get("all_images_sha256", found):
         raise BenchError(f"{shards[0]} and others lack images of the run: name every shard")
     totals = {name: float(sum(s[name] for s in sidecars)) for name in SPENT}
-    merged = {
-        **sidecars[0],
-        **totals,
-        "n_images": len(whole),
-        "images_sha256": found,
-        "shards": len(shards),
-    }
     rows = whole[[field.name for field in fields(Certificate)]].to_dict("records")
     write_log(rows, output)
     write_cohen_log(rows, cohen_path(output))
+    merged = {
+        **sidecars[0],
+        **totals,
+        # A shard whose device had less memory may have halved its batches.
+        "batch_size": min(sidecar["batch_size"] for sidecar in sidecars),
+        "n_images": len(whole),
+        "images_sha256": found,
+        "log_sha256": sha256_file(output),
+        "shards": len(shards),
+    }
     write_json(output.with_suffix(".json"), merged)

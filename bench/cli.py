@@ -328,13 +328,30 @@ def run_guarded(command: typer.Typer) -> None:
         command()
     except BenchError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        where = os.fspath(error.filename or Path.cwd())
-        sys.exit(f"error: no space left to write {where}: free some and rerun, it continues")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if (complaint := _out_of_resources(error)) is None:
+            raise
+        sys.exit(f"error: {complaint}")
+
+
+def _out_of_resources(error: Exception) -> str | None:
+    """What to say where the disk is full or memory ran out; None for every other error."""
+    code = error.errno if isinstance(error, OSError) else None
+    # safetensors says it in words alone.
+    if code in NO_SPACE or any(f"(os error {known})" in str(error) for known in NO_SPACE):
+        where = os.fspath(getattr(error, "filename", None) or Path.cwd())
+        return f"no space left to write {where}: free some and rerun, it continues"
+    if isinstance(error, MemoryError | RuntimeError):
+        from bench.memory import out_of_memory
+
+        if out_of_memory(error):
+            return (
+                f"out of memory ({str(error).partition(chr(10))[0]:.200}): free some, or lower "
+                "training.batch_size, which trains another model"
+            )
+    return None
 
 
 def main() -> None:

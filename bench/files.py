@@ -1,5 +1,6 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and JSON tells when it was changed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import BenchError
+
+# Added to every JSON object that is written: the hash of all the rest.
+SEAL = "content_sha256"
 
 
 @contextmanager
@@ -23,17 +27,52 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs from writing several files of `folder` at the same time.
+
+    Raises:
+        BenchError: one does so now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Lock the open file or folder at `path` until it is closed.
+
+    Raises:
+        BenchError: another run has locked it, or its file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BenchError(f"{path} is being written by another run: wait, or stop it") from None
+    except OSError as error:
+        raise BenchError(
+            f"{path} cannot be locked ({error.strerror}): put results on a file system with flock"
+        ) from None
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` as indented JSON, atomically."""
+    """Write `value` and its seal as indented JSON, atomically."""
+    # As it will be read: keys become text.
+    plain = json.loads(json.dumps(value))
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        text = json.dumps({**plain, SEAL: sha256_json(plain)}, indent=2)
+        temporary.write_text(text + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object; one without a seal was written by hand.
 
     Raises:
-        BenchError: the file is missing or is not a JSON object.
+        BenchError: the file is missing, is not a JSON object or was changed.
     """
     try:
         value = json.loads(path.read_text())
@@ -43,6 +82,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BenchError(f"{path} is not valid JSON ({error}): delete it and rerun") from None
     if not isinstance(value, dict):
         raise BenchError(f"{path} must hold a JSON object: delete it and rerun")
+    if SEAL in value and value.pop(SEAL) != sha256_json(value):
+        raise BenchError(f"{path} was changed after it was written: delete it and rerun")
     return value
 
 

@@ -20,7 +20,7 @@ from bench.config import (
 )
 from bench.data import Data
 from bench.errors import BenchError
-from bench.files import read_json, sha256_file, sha256_json, write_json
+from bench.files import locked, read_json, sha256_file, sha256_json, write_json
 from bench.parameterization_settings import Frozen, Parameterization
 from bench.parameterizations import insert_modules
 from bench.provenance import provenance
@@ -122,23 +122,29 @@ def save_model(
         cost: `cost.json`, identity aside.
         training: `training.json`, identity aside.
         adapter: the peft model, saved beside in peft's own format.
+
+    Raises:
+        BenchError: a weight is not finite, or another run writes the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "classifier.json").unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+    broken = [name for name, p in classifier.named_parameters() if not bool(p.isfinite().all())]
+    if broken:
+        raise BenchError(f"{folder}: training left {broken[0]} not finite: lower learning_rate")
+    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        (folder / "classifier.json").unlink(missing_ok=True)
         partial = Path(scratch)
         weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
         save_file(weights, partial / "model.safetensors")
         if adapter is not None:
             adapter.save_pretrained(partial)  # type: ignore[operator]
             (partial / "README.md").unlink(missing_ok=True)
+        found = sha256_file(partial / "model.safetensors")
         for path in partial.iterdir():
             shutil.move(path, folder / path.name)
-    named = identity.model_dump()
-    write_json(folder / "training.json", {**named, **training})
-    write_json(folder / "cost.json", {**named, **cost})
-    hashed = spec.model_copy(update={"weights_sha256": sha256_file(folder / "model.safetensors")})
-    write_json(folder / "classifier.json", hashed.model_dump())
+        named = identity.model_dump()
+        write_json(folder / "training.json", {**named, **training})
+        write_json(folder / "cost.json", {**named, **cost})
+        hashed = spec.model_copy(update={"weights_sha256": found})
+        write_json(folder / "classifier.json", hashed.model_dump())
 
 
 def training_report(

@@ -10,9 +10,9 @@ import pandas as pd
 
 from bench.config import Experiment, split_trial
 from bench.errors import BenchError
-from bench.files import atomic_write, read_json
+from bench.files import atomic_write, locked, read_json
 from bench.paired import PAIR, paired_tests
-from bench.smoothing.log import read_log, read_protocol
+from bench.smoothing.log import read_own_log
 from bench.smoothing.protocol import radius_grid
 from bench.statistics import (
     accuracy_interval,
@@ -49,15 +49,16 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         "paired": _paired(read),
         "cost": cost,
     }
-    for name, table in tables.items():
-        with atomic_write(folder / f"{name}.csv") as temporary:
-            table.to_csv(temporary, index=False)
-    with atomic_write(folder / "leaderboard.md") as temporary:
-        temporary.write_text(leaderboard(curves))
+    with locked(folder):
+        for name, table in tables.items():
+            with atomic_write(folder / f"{name}.csv") as temporary:
+                table.to_csv(temporary, index=False)
+        with atomic_write(folder / "leaderboard.md") as temporary:
+            temporary.write_text(leaderboard(curves))
 
 
 def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    protocol, log = read_protocol(path), read_log(path)
+    protocol, log = read_own_log(path)
     if len(log) != protocol["n_images"]:
         raise BenchError(f"{path} has {len(log)} of {protocol['n_images']} images: certify again")
     return protocol, log

@@ -150,5 +150,8 @@ def accuracy(
         images = split.batch(positions).to(device)
         if sigma:
             images = images + sigma * torch.randn(images.shape, generator=noise, device=device)
-        hits += int((classifier(images).argmax(1).cpu() == split.labels[positions]).sum())
+        answers = classifier(images).cpu()
+        # Where some logit is not a number, argmax names it: that is no answer.
+        right = (answers.argmax(1) == split.labels[positions]) & answers.isfinite().all(1)
+        hits += int(right.sum())
     return hits / len(split.labels)

@@ -24,6 +24,11 @@ def test_fashion_mnist_is_whole_and_its_splits_disjoint(fetched):
     assert torch.equal(again.validation.positions, data.validation.positions)
 
 
+@pytest.mark.fault(
+    fault="tampered data file",
+    stage="train, certify",
+    outcome="named; fetching again repairs it",
+)
 def test_a_corrupt_file_is_named_and_fetch_repairs_it(repository, monkeypatch):
     monkeypatch.chdir(repository)
     settings = DataSettings(name="fashion_mnist")

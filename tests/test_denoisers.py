@@ -24,7 +24,7 @@ from baselines.diffusion_denoising.denoiser import (
     unet_config,
 )
 from baselines.diffusion_denoising.settings import DiffusionSettings
-from baselines.diffusion_denoising.train import train_unet
+from baselines.diffusion_denoising.train import WEIGHTS, train_unet
 from bench.backbones import Classifier, majority
 from bench.config import parse_experiment
 from bench.data import load_data
@@ -331,6 +331,26 @@ def test_votes_can_be_trained_behind(world):
     after, before, _ = world.train("behind_votes", source)
     assert changed(before, after, "denoiser.") == set()
     assert changed(before, after, "network.")
+
+
+@pytest.mark.fault(
+    fault="diffusion model cut, or a bit of it changed",
+    stage="train",
+    outcome="refused before a classifier is made of it",
+)
+def test_a_cut_or_changed_diffusion_model_is_refused(world):
+    unet = world.job("diffusion", sigma=0.0, unet=True)
+    train_unet(unet)
+    weights = unet.output / WEIGHTS
+    content = weights.read_bytes()
+    for damaged in (content[:-4], content[:-1] + bytes([content[-1] ^ 1])):
+        weights.write_bytes(damaged)
+        with pytest.raises(BenchError, match="changed or cut off"):
+            assemble(world.job("diffusion"))
+    assert not (world.job("diffusion").output / "classifier.json").exists()
+    weights.write_bytes(content)
+    assemble(world.job("diffusion"))
+    load_classifier(world.job("diffusion").output)
 
 
 def test_a_diffusers_folder_is_taken_from_disk(world, values, tmp_path):

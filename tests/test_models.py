@@ -45,6 +45,11 @@ def save(folder, classifier):
     save_model(folder, classifier, spec, IDENTITY, {}, {})
 
 
+@pytest.mark.fault(
+    fault="model folder of another job",
+    stage="train, certify",
+    outcome="refused: names the key that differs",
+)
 def test_changed_weights_and_foreign_folders_are_refused(tmp_path):
     classifier, _, _ = base_classifier()
     save(tmp_path, classifier)

@@ -18,7 +18,7 @@ from bench.config import BackboneSettings
 from bench.errors import BenchError
 from bench.smoothing import Protocol, certify, reachable_radii
 from bench.smoothing.bounds import certified_radius, p_a_lower, radius_cap
-from bench.smoothing.journal import Journal
+from bench.smoothing.journal import Journal, checked
 from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
 from bench.smoothing.rules import plan_of
 from bench.smoothing.voting import count_votes, items_of
@@ -237,6 +237,11 @@ list(certify(Linear().eval(), images, [1] * 23, list(range(23)), protocol(mode=m
 """
 
 
+@pytest.mark.fault(
+    fault="kill -9 after a round, the next line half written",
+    stage="certify",
+    outcome="a rerun continues to the same certificates",
+)
 @pytest.mark.parametrize("mode", ["decide", "cohen"])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_killed_run_continues_to_the_same_certificates(mode, rounds, tmp_path):
@@ -282,17 +287,22 @@ def test_a_finished_run_extends_to_what_a_longer_one_finds(tmp_path):
     assert max(gains) > 0
 
 
+@pytest.mark.fault(
+    fault="votes that do not add up, or lack a round",
+    stage="certify",
+    outcome="refused: damaged, with the cure",
+)
 def test_a_damaged_or_held_journal_certifies_nothing(tmp_path):
     images, settings = torch.zeros(3, *SHAPE), protocol(mode="decide")
     path = tmp_path / "votes.jsonl"
     certificates(images, settings, model=Biased(0.8), journal=Journal(path, "a"))
     lines = path.read_text().splitlines(keepends=True)
     estimates = [place for place, line in enumerate(lines) if '"estimation"' in line]
-    row = json.loads(lines[estimates[0]])
+    row = json.loads(lines[estimates[0]].partition(" ")[2])
     row["votes"]["0"] = row["votes"].get("0", 0) + 3
     damages = {
         "a row is missing": [line for place, line in enumerate(lines) if place != estimates[0]],
-        "votes do not add up": [*lines[: estimates[0]], json.dumps(row) + "\n"],
+        "votes do not add up": [*lines[: estimates[0]], checked(row).decode()],
         "a line is garbled": [lines[0], "garbled\n", *lines[1:]],
     }
     for damage, kept in damages.items():

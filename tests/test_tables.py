@@ -179,6 +179,11 @@ def test_leaderboard_is_a_markdown_table(tables: Path) -> None:
     assert lora[columns.index("σ=0.5, r=0.5")] == "25.0"
 
 
+@pytest.mark.fault(
+    fault="log or cost of a method missing",
+    stage="tables",
+    outcome="refused: names method, sigma and seed",
+)
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_missing_point_is_named(tmp_path: Path, results: Results, kind: int) -> None:
     results[1:][kind].pop(0)
@@ -198,6 +203,11 @@ def test_a_foreign_log_is_refused(tmp_path: Path, results: Results) -> None:
         build_tables(*results, tmp_path / "tables")
 
 
+@pytest.mark.fault(
+    fault="log cut at the end of a line",
+    stage="tables",
+    outcome="refused: images are missing",
+)
 def test_a_log_cut_at_a_line_end_is_refused(tmp_path: Path, results: Results) -> None:
     log = results[1][0]
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))

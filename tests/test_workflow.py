@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from PIL import Image
 
 from bench.compare import agree, compare_results
 from bench.errors import BenchError
+from bench.files import read_json, write_json
 from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
@@ -160,6 +160,11 @@ def numbers(where: Path) -> pd.DataFrame:
     return pd.read_csv(where / "results/smoke/tables/certified_accuracy.csv")[NUMBERS]
 
 
+@pytest.mark.fault(
+    fault="kill -9 at random moments",
+    stage="every stage, with Snakemake",
+    outcome="a rerun completes with the same tables",
+)
 def test_kills_at_random_moments_change_nothing(small, done):
     chance = random.Random(20261123)
     for _ in range(3):
@@ -214,6 +219,11 @@ def test_mistakes_on_the_command_line_are_one_line(done, tmp_path):
         assert message in last
 
 
+@pytest.mark.fault(
+    fault="full disk",
+    stage="certify",
+    outcome="one line, no torn file; a rerun continues to the same log",
+)
 def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
     script = (
         "import resource, signal, sys;"
@@ -238,6 +248,28 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
     pd.testing.assert_frame_equal(left, right)
 
 
+@pytest.mark.fault(
+    fault="two runs in one folder",
+    stage="every stage, with Snakemake",
+    outcome="the second ends at once and changes nothing; the first completes",
+)
+def test_a_second_run_in_one_folder_is_refused(done):
+    path = done / "results/smoke/tables/certified_accuracy.csv"
+    before = path.read_bytes()
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--forcerun", "tables"]
+    first = subprocess.Popen(
+        [*command, "--until", "tables", *SMOKE], cwd=done, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    said = "".join(itertools.takewhile(lambda line: "rule tables:" not in line, first.stderr))
+    second = snakemake(done, "--forcerun", "tables", *SMOKE, ok=False)
+    assert "cannot be locked" in second or "Unable to lock" in second
+    said += first.communicate()[1]
+    assert first.returncode == 0, said
+    assert path.read_bytes() == before
+    snakemake(done, *SMOKE)
+
+
 def test_a_result_folder_agrees_with_itself(done):
     assert agree(compare_results(done / "results/smoke", done / "results/smoke"))
 
@@ -255,6 +287,11 @@ def test_scratch_and_a_base_exclude_each_other(done, tmp_path):
         assert "Traceback" not in answer.stderr
 
 
+@pytest.mark.fault(
+    fault="Ctrl-C",
+    stage="pretrain, with Snakemake",
+    outcome="ends without a traceback; a rerun completes with the same tables",
+)
 def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
     run = subprocess.Popen(
@@ -280,6 +317,11 @@ def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
     assert again["value"].tolist() == lora["value"].tolist()[: len(again)]
 
 
+@pytest.mark.fault(
+    fault="shards of other protocols, or one twice",
+    stage="gather",
+    outcome="refused",
+)
 def test_shards_gather_to_the_unsharded_log(done, tmp_path):
     values = yaml.safe_load((done / "config/smoke.yaml").read_text())
     values["certification"]["shards"] = 3
@@ -300,8 +342,8 @@ def test_shards_gather_to_the_unsharded_log(done, tmp_path):
     twice = bench(done, "gather", "--output", str(whole), *shards, "--shard", str(logs[0]))
     assert twice.returncode == 1
     assert "same image" in twice.stderr
-    sidecar = json.loads(logs[1].with_suffix(".json").read_text())
-    logs[1].with_suffix(".json").write_text(json.dumps({**sidecar, "alpha": 0.5}))
+    sidecar = logs[1].with_suffix(".json")
+    write_json(sidecar, {**read_json(sidecar), "alpha": 0.5})
     foreign = bench(done, "gather", "--output", str(whole), *shards)
     assert foreign.returncode == 1
     assert "alpha differs" in foreign.stderr

@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from baselines.command import BaselineJob, run_baseline
 from baselines.diffusion_denoising.denoiser import DiffusionDenoiser
 from baselines.diffusion_denoising.settings import DiffusionSettings
+from baselines.diffusion_denoising.train import WEIGHTS
 from bench.cost import inference_flops
 from bench.errors import BenchError
-from bench.files import read_json
+from bench.files import read_json, sha256_file
 from bench.jobs import base_flops, load_base, validation
 from bench.model_folder import Component, save_model, spec_of, training_report
 
@@ -32,7 +33,7 @@ def denoiser_at(
         "votes": settings.votes,
     }
     denoiser = DiffusionDenoiser(**arguments)
-    denoiser.unet.load_state_dict(load_file(trained / "diffusion_pytorch_model.safetensors"))
+    denoiser.unet.load_state_dict(load_file(trained / WEIGHTS))
     for t, _ in denoiser.times:
         if not settings.timesteps_low <= t < settings.timesteps_high:
             raise BenchError(
@@ -51,6 +52,8 @@ def assemble(job: BaselineJob) -> None:
     expected = job.experiment.training_fingerprint(job.method, 0.0, job.seed)
     if cost.pop("fingerprint") != expected:
         raise BenchError(f"{trained} was trained with other settings: train it again")
+    if cost.pop("weights_sha256", None) != sha256_file(trained / WEIGHTS):
+        raise BenchError(f"{trained / WEIGHTS} was changed or cut off: train it again")
     classifier = load_base(job.experiment, job.base_folder).requires_grad_(False)
     classifier.denoiser, component = denoiser_at(job, settings, trained)
     classifier.to(job.device).eval()

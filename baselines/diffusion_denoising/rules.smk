@@ -23,6 +23,8 @@ rule train_diffusion:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+        mem_mb=job_memory,
+        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         folder=subpath(output.unet, parent=True),

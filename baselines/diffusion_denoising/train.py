@@ -14,10 +14,11 @@ from baselines.diffusion_denoising.denoiser import ddpm_scheduler, unet_config
 from baselines.diffusion_denoising.settings import DiffusionSettings
 from bench.cost import training_flops
 from bench.errors import BenchError
-from bench.files import atomic_write, write_json
+from bench.files import atomic_write, sha256_file, write_json
 from bench.training import BatchLoss, TrainingRecord, fit
 
 EMA_DECAY = 0.995
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # so diffusers calls them
 
 
 def noise_prediction(unet: UNet2DModel, settings: DiffusionSettings) -> BatchLoss:
@@ -110,7 +111,11 @@ def train_unet(job: BaselineJob) -> None:
             temporary.write_text("".join(f"{step} {value}\n" for step, value in record.loss_curve))
     unet.save_pretrained(job.output)
     scheduler.save_pretrained(job.output)
-    write_json(job.output / "cost.json", {**cost, "fingerprint": job.identity.fingerprint})
+    named = {
+        "fingerprint": job.identity.fingerprint,
+        "weights_sha256": sha256_file(job.output / WEIGHTS),
+    }
+    write_json(job.output / "cost.json", {**cost, **named})
 
 
 if __name__ == "__main__":

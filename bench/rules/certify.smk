@@ -30,6 +30,8 @@ if SHARDS == 1:
         threads: EXPERIMENT.threads_per_job
         resources:
             gpu=EXPERIMENT.gpus_per_job,
+            mem_mb=job_memory,
+            runtime=job_minutes,
         params:
             experiment=EXPERIMENT_FILE,
             expect=planned_certification,
@@ -55,6 +57,8 @@ else:
         threads: EXPERIMENT.threads_per_job
         resources:
             gpu=EXPERIMENT.gpus_per_job,
+            mem_mb=job_memory,
+            runtime=job_minutes,
         params:
             experiment=EXPERIMENT_FILE,
             expect=planned_certification,
@@ -75,6 +79,7 @@ else:
             f"{RESULTS}/logs/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
         benchmark:
             f"{RESULTS}/benchmarks/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+        localrule: True
         params:
             shards=lambda wildcards, input: [f"--shard {path}" for path in input],
         shell:

@@ -126,6 +126,16 @@ def planned_certification(wildcards):
     )
 
 
+def job_memory(wildcards, attempt):
+    """MiB of main memory that a training or certification asks a cluster for."""
+    return 4000 * attempt
+
+
+def job_minutes(wildcards, attempt):
+    """Minutes that a training or certification asks a cluster for."""
+    return 240 * attempt
+
+
 def published_results():
     """The file of published results on this experiment's data set, if there is one."""
     path = Path(workflow.basedir) / f"results/published/{EXPERIMENT.data.name}.csv"

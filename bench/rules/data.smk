@@ -2,6 +2,7 @@ DATA = manifest_of(EXPERIMENT.data)
 BASE_DATA = manifest_of(EXPERIMENT.base_data)
 
 
+# Nodes of a cluster may have no network.
 rule fetch:
     output:
         DATA,
@@ -10,6 +11,7 @@ rule fetch:
     benchmark:
         f"{RESULTS}/benchmarks/fetch.tsv"
     retries: 2
+    localrule: True
     params:
         name=EXPERIMENT.data.name,
         directory=lambda wildcards, output: os.path.dirname(os.path.dirname(output[0])),

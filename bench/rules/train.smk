@@ -18,6 +18,8 @@ rule pretrain:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+        mem_mb=job_memory,
+        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         folder=subpath(output[0], parent=True),
@@ -73,6 +75,8 @@ rule train:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+        mem_mb=job_memory,
+        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         program="bench train",

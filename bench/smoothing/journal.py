@@ -1,8 +1,8 @@
 """Votes on disk as rounds end: a kill loses at most one round, a finished run can go on."""
 
-import fcntl
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.errors import BenchError
+from bench.files import lock
 
 
 class Kept(NamedTuple):
@@ -24,7 +25,7 @@ class Journal:
     """Append-only file of cumulative votes, valid for one meaning, held by one run at a time.
 
     Args:
-        path: JSON lines; the first names the meaning.
+        path: JSON lines, each after its checksum; the first names the meaning.
         meaning: hash of all that the votes depend on. A file with another one starts afresh.
 
     Raises:
@@ -36,27 +37,33 @@ class Journal:
         self.path = path
         # One descriptor for the whole run: what another run does to the name cannot mix votes.
         self._stream = path.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchError(f"{path} is being written by another run: wait, or stop it") from None
+        lock(self._stream.fileno(), path)
         self._stream.seek(0)
         # The last piece is empty, or a line that a kill cut off.
         *lines, torn = self._stream.read().split(b"\n")
-        rows = self._parse(lines)
-        if rows[:1] != [{"meaning": meaning}]:
-            rows, torn = [], b""
+        head = {"meaning": meaning}
+        if lines[:1] != [checked(head).rstrip(b"\n")]:
+            lines, torn = [], b""
             self._stream.truncate(0)
-            self._write([{"meaning": meaning}])
+            self._write([head])
         if torn:
             self._stream.truncate(self._stream.tell() - len(torn))
         self._rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
-        for row in rows[1:]:
+        for row in self._parse(lines[1:]):
             self._rows.setdefault((row["idx"], row["domain"]), []).append(row)
+
+    @property
+    def holds_votes(self) -> bool:
+        """Whether a round was kept, by this run or an earlier one."""
+        return bool(self._rows)
+
+    def close(self) -> None:
+        """Let another run have the file."""
+        self._stream.close()
 
     def _parse(self, lines: list[bytes]) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in lines]
+            return [unchecked(line) for line in lines]
         except ValueError:
             raise self.damaged() from None
 
@@ -89,9 +96,38 @@ class Journal:
             sparse = {str(place): int(kept.votes[place]) for place in np.flatnonzero(kept.votes)}
             row = {"idx": idx, "domain": domain, "drawn": kept.drawn, "votes": sparse}
             written.append({**row, "seconds": round(kept.seconds, 6)})
+            self._rows.setdefault((idx, domain), [])
         self._write(written)
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
-        self._stream.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._stream.write(b"".join(map(checked, rows)))
         self._stream.flush()
         os.fsync(self._stream.fileno())
+
+
+def kept_meaning(path: Path) -> str | None:
+    """The meaning of the votes in the journal at `path`, if it has a first line."""
+    try:
+        with path.open("rb") as stream:
+            return str(unchecked(stream.readline().rstrip(b"\n"))["meaning"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+def checked(row: dict[str, Any]) -> bytes:
+    """A line of the journal: its checksum, then the row."""
+    text = json.dumps(row).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def unchecked(line: bytes) -> dict[str, Any]:
+    """The row of a line.
+
+    Raises:
+        ValueError: it is garbled.
+    """
+    checksum, _, text = line.partition(b" ")
+    if int(checksum, 16) != zlib.crc32(text):
+        raise ValueError("the checksum differs")
+    row: dict[str, Any] = json.loads(text)
+    return row

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from bench.errors import BenchError
-from bench.files import atomic_write, read_json
+from bench.files import atomic_write, read_json, sha256_file
 from bench.statistics import certified_accuracy
 
 COHEN_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
@@ -195,3 +195,16 @@ def check_positive(**options: float) -> None:
 def read_protocol(path: Path) -> dict[str, Any]:
     """The sidecar JSON of the log at `path`."""
     return read_json(path.with_suffix(".json"))
+
+
+def read_own_log(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A log that this project wrote, after its sidecar, which must be of this very log.
+
+    Raises:
+        BenchError: either is missing, damaged or not the other's.
+    """
+    protocol, log = read_protocol(path), read_log(path)
+    # Sidecars of before have no hash.
+    if protocol.get("log_sha256", found := sha256_file(path)) != found:
+        raise BenchError(f"{path} is not what its .json was written for: certify again")
+    return protocol, log
