@@ -24,9 +24,10 @@ from bench.cli import (
 from bench.config import Experiment, TrainingSettings
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.jobs import base_flops, check_fingerprint, load_base
+from bench.jobs import base_flops, check_fingerprint, load_base, state_of
 from bench.model_folder import Identity, identity_of
 from bench.provenance import pick_device
+from bench.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ class BaselineJob:
         pairs = zip(names, self.surrogates, strict=True)
         loaded = [load_base(self.experiment, folder, name) for name, folder in pairs]
         return [surrogate.requires_grad_(False).to(self.device) for surrogate in loaded]
+
+    def state(self) -> TrainingState:
+        """Where an interrupted training of this job stands, for `fit`."""
+        starts = [start for start in (self.base, self.denoiser) if start is not None]
+        return state_of(
+            self.output,
+            self.identity,
+            self.data,
+            self.training,
+            self.device,
+            [*starts, *self.surrogates],
+        )
 
     def inherited_flops(self) -> int:
         """Training FLOPs of the base, denoiser and surrogates that the training starts from."""

@@ -27,6 +27,7 @@ from bench.provenance import provenance
 from bench.remote import RemoteClassifier, RemoteModel
 from bench.settings import Settings
 from bench.training import TrainingRecord
+from bench.training_state import discard_state
 
 FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")
 
@@ -114,6 +115,8 @@ def save_model(
 ) -> None:
     """Write the model folder; `classifier.json` comes last, so a cut-off folder never loads.
 
+    The state of the training, by which it could be continued until here, is deleted.
+
     Args:
         folder: where to; files of the same names are replaced.
         classifier: what inference runs, adapters merged where they can be.
@@ -139,6 +142,7 @@ def save_model(
     write_json(folder / "cost.json", {**named, **cost})
     hashed = spec.model_copy(update={"weights_sha256": sha256_file(folder / "model.safetensors")})
     write_json(folder / "classifier.json", hashed.model_dump())
+    discard_state(folder)
 
 
 def training_report(

@@ -30,10 +30,15 @@ def _git(*arguments: str) -> str:
     return answer.stdout.strip()
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers come from."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, git revision with dirty flag, machine and device."""
     return {
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "git_revision": _git("rev-parse", "HEAD") or "unknown",
         "git_dirty": bool(_git("status", "--porcelain")),

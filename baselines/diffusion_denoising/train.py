@@ -16,8 +16,30 @@ from bench.cost import training_flops
 from bench.errors import BenchError
 from bench.files import atomic_write, write_json
 from bench.training import BatchLoss, TrainingRecord, fit
+from bench.training_state import discard_state
 
 EMA_DECAY = 0.995
+
+
+class WeightAverage:
+    """An exponential moving average of the UNet's weights, as a hook of the training."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        self.unet = unet
+        self.average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+
+    def __call__(self) -> None:
+        """Take a step's weights in."""
+        self.average.step(self.unet.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average so far."""
+        state: dict[str, Any] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.average.load_state_dict(state)
 
 
 def noise_prediction(unet: UNet2DModel, settings: DiffusionSettings) -> BatchLoss:
@@ -69,7 +91,7 @@ def fit_unet(
 ) -> tuple[TrainingRecord, int]:
     """Train the UNet, leave its averaged weights in it; also count the FLOPs."""
     unet.to(job.device)
-    average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    average = WeightAverage(unet)
     loss = noise_prediction(unet, settings)
     flops = training_flops(loss, job.data.shape, job.training.images, unet)
     record = fit(
@@ -79,9 +101,10 @@ def fit_unet(
         job.training,
         job.learning_rate,
         job.seed,
-        after_step=lambda: average.step(unet.parameters()),
+        after_step=average,
+        state=job.state(),
     )
-    average.copy_to(unet.parameters())
+    average.average.copy_to(unet.parameters())
     return record, flops
 
 
@@ -111,6 +134,7 @@ def train_unet(job: BaselineJob) -> None:
     unet.save_pretrained(job.output)
     scheduler.save_pretrained(job.output)
     write_json(job.output / "cost.json", {**cost, "fingerprint": job.identity.fingerprint})
+    discard_state(job.output)
 
 
 if __name__ == "__main__":
