@@ -25,7 +25,7 @@ from bench.config import Experiment, TrainingSettings
 from bench.data import Data, load_data
 from bench.errors import BenchError
 from bench.jobs import base_flops, check_fingerprint, load_base, state_of
-from bench.model_folder import Identity, identity_of
+from bench.model_folder import Identity, identity_of, read_spec
 from bench.provenance import pick_device
 from bench.training_state import TrainingState
 
@@ -93,15 +93,9 @@ class BaselineJob:
 
     def state(self) -> TrainingState:
         """Where an interrupted training of this job stands, for `fit`."""
-        starts = [start for start in (self.base, self.denoiser) if start is not None]
-        return state_of(
-            self.output,
-            self.identity,
-            self.data,
-            self.training,
-            self.device,
-            [*starts, *self.surrogates],
-        )
+        folders = [f for f in (self.base, self.denoiser, *self.surrogates) if f is not None]
+        starts = [read_spec(folder).weights_sha256 for folder in folders]
+        return state_of(self.output, self.identity, self.data, self.training, self.device, starts)
 
     def inherited_flops(self) -> int:
         """Training FLOPs of the base, denoiser and surrogates that the training starts from."""

@@ -1,7 +1,6 @@
 """Training jobs: the base classifier and one point of the product."""
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSett
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.files import read_json, sha256_json
+from bench.files import read_json, sha256_file, sha256_json
 from bench.model_folder import (
     Component,
     Identity,
@@ -172,7 +171,7 @@ def state_of(
     data: Data,
     settings: TrainingSettings,
     device: torch.device,
-    starts: Iterable[Path],
+    starts: list[str],
 ) -> TrainingState:
     """Where an interrupted training of this very model folder stands.
 
@@ -182,12 +181,12 @@ def state_of(
         data: what is trained on.
         settings: of the training.
         device: where it runs.
-        starts: model folders that it starts from or asks.
+        starts: hashes of the weights that it starts from or asks.
     """
     meaning = {
         **identity.model_dump(),
         "data": data.sha256,
-        "starts": [read_spec(start).weights_sha256 for start in starts],
+        "starts": starts,
         "sources": sources_sha256(*TRAINING, "baselines"),
         "versions": versions(),
         "machine": machine(device),
@@ -206,6 +205,8 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
     device = pick_device()
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
+    weights = experiment.backbone.weights
+    initial = {weights: sha256_file(Path(weights))} if weights is not None else {}
     record, cost = _fit_classifier(
         experiment.pretrain,
         classifier,
@@ -214,9 +215,10 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
         sigma=0.0,
         learning_rate=experiment.pretrain.learning_rate,
         seed=identity.seed,
-        state=state_of(folder, identity, data, experiment.pretrain, device, []),
+        state=state_of(folder, identity, data, experiment.pretrain, device, list(initial.values())),
     )
     report = training_report(record, device, data, experiment.pretrain.model_dump())
+    report["initial_weights"] = initial
     classifier.eval()
     report["validation_accuracy"] = accuracy(classifier, data.validation)
     cost["base_training_flops"] = 0
@@ -293,7 +295,7 @@ def train(
     identity = identity_of(experiment, method, sigma, seed)
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
-        starts = [start for start in (base, denoiser) if start is not None]
+        starts = [read_spec(f).weights_sha256 for f in (base, denoiser) if f is not None]
         state = state_of(folder, identity, data, settings, device, starts)
         record, cost = _fit_classifier(
             settings, classifier, data, point.objective, sigma, point.learning_rate, seed, state
@@ -324,7 +326,8 @@ def _starting_point(
             "every other kind needs a base; scratch methods take `baseline: gaussian_retraining`"
         )
     if base is None:
-        classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
+        backbone = experiment.backbone.untrained
+        classifier = create_classifier(backbone, data.classes, data.shape[0])
     else:
         classifier = load_start(experiment, method, sigma, seed, base, data)
     # At the model's resolution images come resized, whatever the start took.

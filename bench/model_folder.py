@@ -97,7 +97,7 @@ def spec_of(
         data=data.name,
         classes=data.classes,
         channels=data.shape[0],
-        backbone=experiment.backbone.model_copy(update={"pretrained": False}),
+        backbone=experiment.backbone.untrained,
         parameterization=parameterization or Frozen(),
         denoiser=denoiser,
         noise_resolution=noise_resolution,

@@ -1,6 +1,5 @@
 """Where a training stands, on disk now and then: a kill loses minutes, and a rerun goes on."""
 
-import hashlib
 import json
 import logging
 import time
@@ -13,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.files import atomic_write
+from bench.files import atomic_write, sha256_json
+from bench.provenance import tensors_sha256
 
 log = logging.getLogger(__name__)
 FILE = "training_state.safetensors"
@@ -105,7 +105,4 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        found.update(tensors[name].cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    return sha256_json([text, tensors_sha256(tensors)])

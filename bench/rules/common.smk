@@ -44,6 +44,11 @@ def manifest_of(data):
     return f"{data.directory}/{data.name}/manifest.json"
 
 
+def weights_of(backbone):
+    """The file that a backbone's training starts from, if it names one."""
+    return [] if backbone.weights is None else [backbone.weights]
+
+
 def methods_of(baseline):
     """Pattern of the methods that a baseline (None: the generic rule) makes."""
     chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]
