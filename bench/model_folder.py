@@ -27,6 +27,7 @@ from bench.provenance import provenance
 from bench.remote import RemoteClassifier, RemoteModel
 from bench.settings import Settings
 from bench.training import TrainingRecord
+from bench.training_state import discard_state
 
 FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")
 
@@ -96,7 +97,7 @@ def spec_of(
         data=data.name,
         classes=data.classes,
         channels=data.shape[0],
-        backbone=experiment.backbone.model_copy(update={"pretrained": False}),
+        backbone=experiment.backbone.untrained,
         parameterization=parameterization or Frozen(),
         denoiser=denoiser,
         noise_resolution=noise_resolution,
@@ -113,6 +114,8 @@ def save_model(
     adapter: torch.nn.Module | None = None,
 ) -> None:
     """Write the model folder; `classifier.json` comes last, so a cut-off folder never loads.
+
+    The state of the training, by which it could be continued until here, is deleted.
 
     Args:
         folder: where to; files of the same names are replaced.
@@ -145,6 +148,7 @@ def save_model(
         write_json(folder / "cost.json", {**named, **cost})
         hashed = spec.model_copy(update={"weights_sha256": found})
         write_json(folder / "classifier.json", hashed.model_dump())
+        discard_state(folder)
 
 
 def training_report(

@@ -1,13 +1,16 @@
 """Which code, versions and machine made a number."""
 
+import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy")
 
@@ -30,16 +33,31 @@ def _git(*arguments: str) -> str:
     return answer.stdout.strip()
 
 
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers come from."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """Versions, git revision with dirty flag, machine and device."""
     return {
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "python": platform.python_version(),
         "git_revision": _git("rev-parse", "HEAD") or "unknown",
         "git_dirty": bool(_git("status", "--porcelain")),
         "machine": machine(device),
         "device": device.type,
     }
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of tensors by name: their kinds, shapes and values, in whatever file."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def pick_precision(asked: str, device: torch.device) -> str:

@@ -1,11 +1,14 @@
 """The one training loop: base classifier, adapters, denoisers."""
 
 import contextlib
+import logging
 import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +19,9 @@ from bench.data import ImageSplit
 from bench.errors import BenchError
 from bench.progress import track
 from bench.provenance import pick_precision
+from bench.training_state import TrainingState
 
+log = logging.getLogger(__name__)
 # (clean images (B, C, H, W) in [0, 1], labels (B,), noise source, share of steps) -> scalar loss
 BatchLoss = Callable[[Tensor, Tensor, Generator, float], Tensor]
 CURVE_POINTS = 50
@@ -24,13 +29,34 @@ CURVE_POINTS = 50
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a training run cost and how its loss went."""
+    """What a training run cost, over all its sittings, and how its loss went."""
 
     images: int
     seconds: float
     peak_memory_bytes: int
     loss_curve: list[tuple[int, float]]
     precision: str
+    sittings: int = 1
+
+
+class StepHook(Protocol):
+    """What runs after every step while its gradients are there; its state is saved with the rest.
+
+    The state is of tensors on the device of the training, numbers, texts, lists, and dicts of
+    text.
+    """
+
+    def __call__(self) -> None:
+        """Run after a step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps between steps."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        ...
 
 
 def precision_context(
@@ -86,6 +112,92 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@dataclass
+class _Run:
+    """What the steps of a training change, and what they have cost so far."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    noise: Generator
+    hook: StepHook | None
+    step: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    sittings: int = 1
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+    def _weights(self) -> dict[str, Tensor]:
+        trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+        return trained | dict(self.module.named_buffers())
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the steps to come depend on."""
+        cuda = self.noise.device.type == "cuda"
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory(self.noise.device)),
+            "sittings": self.sittings,
+            "curve": self.curve,
+            "weights": self._weights(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "noise": self.noise.get_state(),
+            # Dropout draws from the global generators.
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.noise.device) if cuda else None,
+            "hook": self.hook.state_dict() if self.hook else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in a new sitting from what `state_dict` gave."""
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.peak_memory_bytes, self.sittings = state["peak_memory_bytes"], state["sittings"] + 1
+        self.curve = [(step, value) for step, value in state["curve"]]
+        for name, weight in self._weights().items():
+            weight.copy_(state["weights"][name])
+        kept = state["optimizer"]
+        self.optimizer.load_state_dict(
+            {**kept, "state": {int(index): values for index, values in kept["state"].items()}}
+        )
+        self._lay_out_optimizer_state()
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.noise.set_state(state["noise"].cpu())
+        torch.set_rng_state(state["random"].cpu())
+        if state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.noise.device)
+        if self.hook:
+            self.hook.load_state_dict(state["hook"])
+
+    def _lay_out_optimizer_state(self) -> None:
+        """Give moments the strides of their weights: fused kernels pair the two by address."""
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if value is not None and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
+
+
+def _start(
+    module: nn.Module,
+    settings: TrainingSettings,
+    learning_rate: float,
+    seed: int,
+    hook: StepHook | None,
+    state: TrainingState | None,
+) -> _Run:
+    """A training before its first step, or where an interrupted one left `state`."""
+    device = next(module.parameters()).device
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = _optimizer(trained, settings, learning_rate)
+    scheduler = LambdaLR(optimizer, _schedule(settings.schedule, settings.steps))
+    run = _Run(module, optimizer, scheduler, Generator(device).manual_seed(seed), hook)
+    if state is not None and (kept := state.load(device)) is not None:
+        run.load_state_dict(kept)
+        log.info("training goes on at step %d of %d", run.step, settings.steps)
+    return run
+
+
 def fit(
     module: nn.Module,
     loss: BatchLoss,
@@ -93,41 +205,61 @@ def fit(
     settings: TrainingSettings,
     learning_rate: float,
     seed: int,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: StepHook | None = None,
+    state: TrainingState | None = None,
 ) -> TrainingRecord:
     """Minimise `loss` over the parameters of `module` that require gradients.
 
-    Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit.
-    `after_step` runs while the step's gradients are still there.
+    Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit, also
+    those that go on from a `state` which an interrupted one left.
 
     Raises:
         BenchError: the loss is no longer finite.
     """
-    device = next(module.parameters()).device
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    steps = settings.steps
-    optimizer = _optimizer(parameters, settings, learning_rate)
-    scheduler = LambdaLR(optimizer, _schedule(settings.schedule, steps))
-    noise = torch.Generator(device).manual_seed(seed)
-    curve: list[tuple[int, float]] = []
+    run = _start(module, settings, learning_rate, seed, after_step, state)
+    device = run.noise.device
+    before, begin = run.seconds, time.perf_counter()
     precision = pick_precision(settings.precision, device)
-    begin = time.perf_counter()
-    batches = track(batch_positions(split, settings.batch_size, steps, seed), steps, "training")
-    for step, positions in enumerate(batches):
+    batches = batch_positions(split, settings.batch_size, settings.steps, seed)
+    left = islice(batches, run.step, None)
+    for positions in track(left, settings.steps - run.step, "training"):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
-        with precision_context(device, precision):
-            value = loss(images, labels, noise, (step + 1) / steps)
-        value.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
-        optimizer.step()
-        scheduler.step()
-        after_step()
-        optimizer.zero_grad()
-        if step % max(1, steps // CURVE_POINTS) == 0 or step == steps - 1:
-            curve.append((step, _finite(value.item(), step, learning_rate)))
-    seconds = time.perf_counter() - begin
-    images_seen = steps * settings.batch_size
-    return TrainingRecord(images_seen, seconds, peak_memory(device), curve, precision)
+        _step(run, loss, images, labels, settings, precision)
+        run.seconds = before + time.perf_counter() - begin
+        if state is not None:
+            state.save_when_due(run.state_dict)
+    return TrainingRecord(
+        images=settings.steps * settings.batch_size,
+        seconds=run.seconds,
+        peak_memory_bytes=max(run.peak_memory_bytes, peak_memory(device)),
+        loss_curve=run.curve,
+        precision=precision,
+        sittings=run.sittings,
+    )
+
+
+def _step(
+    run: _Run,
+    loss: BatchLoss,
+    images: Tensor,
+    labels: Tensor,
+    settings: TrainingSettings,
+    precision: str,
+) -> None:
+    """One step of the optimizer; a point of the loss curve now and then."""
+    steps, [group] = settings.steps, run.optimizer.param_groups
+    with precision_context(images.device, precision):
+        value = loss(images, labels, run.noise, (run.step + 1) / steps)
+    value.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(group["params"], settings.clip_norm or math.inf)
+    run.optimizer.step()
+    run.scheduler.step()
+    if run.hook:
+        run.hook()
+    run.optimizer.zero_grad()
+    if run.step % max(1, steps // CURVE_POINTS) == 0 or run.step == steps - 1:
+        run.curve.append((run.step, _finite(value.item(), run.step, group["initial_lr"])))
+    run.step += 1
 
 
 def _finite(value: float, step: int, learning_rate: float) -> float:

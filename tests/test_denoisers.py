@@ -29,9 +29,10 @@ from bench.backbones import Classifier, majority
 from bench.config import parse_experiment
 from bench.data import load_data
 from bench.errors import BenchError
-from bench.files import read_json
+from bench.files import read_json, sha256_file
 from bench.jobs import load_base, pretrain, train
 from bench.model_folder import load_classifier
+from bench.training_state import FILE, TrainingState
 
 SIGMA = 0.5
 LINEAR = dict(DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear").config)
@@ -351,6 +352,39 @@ def test_a_cut_or_changed_diffusion_model_is_refused(world):
     weights.write_bytes(content)
     assemble(world.job("diffusion"))
     load_classifier(world.job("diffusion").output)
+
+
+@pytest.mark.parametrize(
+    ("method", "train_job"), [("mse", train_denoiser), ("diffusion", train_unet)]
+)
+def test_an_interrupted_denoiser_is_trained_on(method, train_job, world, monkeypatch, caplog):
+    def job():
+        return world.job(method, 0.0 if method == "diffusion" else SIGMA)
+
+    monkeypatch.setattr("bench.training_state.SAVE_SECONDS", 0.0)
+    save = TrainingState.save_when_due
+
+    def killed(state, kept):
+        save(state, kept)
+        if kept()["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingState, "save_when_due", killed)
+    torch.manual_seed(0)
+    with pytest.raises(KeyboardInterrupt):
+        train_job(job())
+    monkeypatch.setattr(TrainingState, "save_when_due", lambda state, kept: None)
+    [weights] = [p for p in job().output.iterdir() if p.suffix == ".safetensors"]
+    assert weights.name == FILE
+    found = []
+    caplog.set_level("INFO")
+    for _ in range(2):
+        torch.manual_seed(0)
+        train_job(job())
+        assert "training goes on at step 2 of 4" in caplog.text
+        [weights] = [p for p in job().output.iterdir() if p.suffix == ".safetensors"]
+        found.append(sha256_file(weights))
+    assert found[0] == found[1]
 
 
 def test_a_diffusers_folder_is_taken_from_disk(world, values, tmp_path):

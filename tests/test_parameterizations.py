@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import count
 from typing import get_args
 
 import pytest
@@ -49,6 +50,7 @@ from bench.parameterizations import adapt, step_hook
 from bench.parameterizations.tuners import TUNERS
 from bench.settings import Settings
 from bench.training import fit
+from bench.training_state import TrainingState
 
 WIDTH, DEPTH, CLASSES, HIDDEN, STEPS = 32, 2, 10, 64, 20
 PATCH_VALUES, PATCHES = 49, 16
@@ -343,17 +345,43 @@ def test_keys_that_do_not_fit_are_named():
         adapt(network, VbLora(kind="vblora", vector_length=7), STEPS)
 
 
-def test_adalora_ends_at_its_budget():
-    classifier, _, _ = adapted(AdaLora(kind="adalora", init_r=6, target_r=4))
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def fitted(settings, state=None, stop=None):
+    """A classifier after a training, which an interruption in step `stop` may cut off."""
+    classifier, _, _ = adapted(settings)
     torch.manual_seed(0)
     images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
     split = ArraySplit(images, torch.arange(64) % CLASSES)
-    settings = TrainingSettings(images=8 * STEPS, batch_size=8, precision="float32")
+    budget = TrainingSettings(images=8 * STEPS, batch_size=8, precision="float32")
+    steps = count()
 
     def loss(images, labels, noise, progress):
+        if next(steps) == stop:
+            raise Interrupted
         return nn.functional.cross_entropy(classifier(images), labels)
 
-    fit(classifier, loss, split, settings, 1e-2, 0, step_hook(classifier.network))
+    fit(classifier, loss, split, budget, 1e-2, 0, step_hook(classifier.network), state)
+    return classifier
+
+
+@each(TRAINED)
+def test_an_interrupted_training_goes_on_to_the_same_weights(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.training_state.SAVE_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        fitted(case.settings, TrainingState(tmp_path, "m"), stop=12)
+    resumed = fitted(case.settings, TrainingState(tmp_path, "m"))
+    whole = fitted(case.settings).state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.state_dict().items())
+    if isinstance(case.settings, AdaLora):
+        pattern = resumed.network.peft_config["default"].rank_pattern
+        assert sum(map(sum, pattern.values())) == 4 * len(LAYERS)
+
+
+def test_adalora_ends_at_its_budget():
+    classifier = fitted(AdaLora(kind="adalora", init_r=6, target_r=4))
     singular = [p for n, p in classifier.named_parameters() if ".lora_E." in n]
     assert sum(int((p != 0).sum()) for p in singular) == 4 * len(LAYERS)
 

@@ -21,16 +21,27 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.ones(1))
 
 
+class Recorder:
+    """Keeps the weight after each step."""
+
+    def __init__(self, module):
+        self.module, self.seen = module, []
+
+    def __call__(self):
+        self.seen.append(self.module.weight.item())
+
+
 def path(settings, slope=1.0):
     """The weight after each of 4 steps down a loss of constant slope, and each step's progress."""
-    module, seen, progress = Weight(), [], []
+    module, progress = Weight(), []
+    recorder = Recorder(module)
 
     def loss(images, labels, noise, share):
         progress.append(share)
         return slope * module.weight.sum()
 
-    fit(module, loss, IMAGES, settings, 0.1, 0, lambda: seen.append(module.weight.item()))
-    return seen, progress
+    fit(module, loss, IMAGES, settings, 0.1, 0, recorder)
+    return recorder.seen, progress
 
 
 def test_sgd_drops_its_rate_at_the_named_shares():

@@ -79,7 +79,9 @@ def fit_denoiser(
     for judge in judges:
         set_fused_attention(judge, job.device.type != "cpu")
     loss = in_turn(losses, budget.steps)
-    record = fit(denoiser, loss, job.data.train, budget, job.learning_rate, job.seed)
+    record = fit(
+        denoiser, loss, job.data.train, budget, job.learning_rate, job.seed, state=job.state()
+    )
     flops = {"training_flops": sum(shares) // len(shares), "inference_flops": inference}
     return record, cost_report(record, counts, flops)
 

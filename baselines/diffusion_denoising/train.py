@@ -16,9 +16,31 @@ from bench.cost import training_flops
 from bench.errors import BenchError
 from bench.files import atomic_write, sha256_file, write_json
 from bench.training import BatchLoss, TrainingRecord, fit
+from bench.training_state import discard_state
 
 EMA_DECAY = 0.995
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # so diffusers calls them
+
+
+class WeightAverage:
+    """An exponential moving average of the UNet's weights, as a hook of the training."""
+
+    def __init__(self, unet: UNet2DModel) -> None:
+        self.unet = unet
+        self.average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+
+    def __call__(self) -> None:
+        """Take a step's weights in."""
+        self.average.step(self.unet.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average so far."""
+        state: dict[str, Any] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.average.load_state_dict(state)
 
 
 def noise_prediction(unet: UNet2DModel, settings: DiffusionSettings) -> BatchLoss:
@@ -70,7 +92,7 @@ def fit_unet(
 ) -> tuple[TrainingRecord, int]:
     """Train the UNet, leave its averaged weights in it; also count the FLOPs."""
     unet.to(job.device)
-    average = EMAModel(unet.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+    average = WeightAverage(unet)
     loss = noise_prediction(unet, settings)
     flops = training_flops(loss, job.data.shape, job.training.images, unet)
     record = fit(
@@ -80,9 +102,10 @@ def fit_unet(
         job.training,
         job.learning_rate,
         job.seed,
-        after_step=lambda: average.step(unet.parameters()),
+        after_step=average,
+        state=job.state(),
     )
-    average.copy_to(unet.parameters())
+    average.average.copy_to(unet.parameters())
     return record, flops
 
 
@@ -116,6 +139,7 @@ def train_unet(job: BaselineJob) -> None:
         "weights_sha256": sha256_file(job.output / WEIGHTS),
     }
     write_json(job.output / "cost.json", {**cost, **named})
+    discard_state(job.output)
 
 
 if __name__ == "__main__":

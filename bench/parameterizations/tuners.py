@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 import torch
@@ -150,10 +149,38 @@ def _misfit(network: nn.Module, settings: Settings, why: str) -> BenchError:
     )
 
 
-def step_hook(network: nn.Module) -> Callable[[], None]:
+class BudgetAllocation:
+    """peft's `update_and_allocate` after every step, with what it keeps between steps."""
+
+    AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self, tuner: Any) -> None:
+        self.tuner, self.step = tuner, 0
+
+    def __call__(self) -> None:
+        """Weigh the ranks by the step's gradients, and mask the least of them."""
+        self.tuner.update_and_allocate(self.step)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps done, importance of the weights, and which ranks are left."""
+        allocator = self.tuner.rankallocator
+        averages = {name: dict(getattr(allocator, name)) for name in self.AVERAGES}
+        return {
+            "step": self.step,
+            "rank_pattern": self.tuner.peft_config["default"].rank_pattern,
+            **averages,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.step = state["step"]
+        self.tuner.peft_config["default"].rank_pattern = state["rank_pattern"]
+        for name in self.AVERAGES:
+            setattr(self.tuner.rankallocator, name, state[name])
+
+
+def step_hook(network: nn.Module) -> BudgetAllocation | None:
     """What `network` needs after every optimizer step: some tuners move their budget then."""
-    allocate = getattr(getattr(network, "base_model", None), "update_and_allocate", None)
-    if allocate is None:
-        return lambda: None
-    steps = count()
-    return lambda: allocate(next(steps))
+    tuner = getattr(network, "base_model", None)
+    return BudgetAllocation(tuner) if hasattr(tuner, "update_and_allocate") else None

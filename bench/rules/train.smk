@@ -1,6 +1,7 @@
 rule pretrain:
     input:
         data=BASE_DATA,
+        weights=weights_of(EXPERIMENT.backbone),
         code=TRAIN_CODE,
     output:
         multiext(
@@ -34,6 +35,10 @@ BASE = rules.pretrain.output
 
 
 use rule pretrain as pretrain_surrogate with:
+    input:
+        data=BASE_DATA,
+        weights=lambda wildcards: weights_of(EXPERIMENT.surrogates[wildcards.surrogate]),
+        code=TRAIN_CODE,
     output:
         multiext(
             f"{SURROGATE}/",

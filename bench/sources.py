@@ -1,0 +1,34 @@
+"""Which source files define numbers, for Snakemake and for what is kept between runs."""
+
+from pathlib import Path
+
+from bench.files import sha256_file, sha256_json
+
+ROOT = Path(__file__).parents[1]
+TRAINING = (
+    "bench/backbones.py",
+    "bench/cost.py",
+    "bench/data.py",
+    "bench/jobs.py",
+    "bench/lenet.py",
+    "bench/resolution.py",
+    "bench/training.py",
+    "bench/training_state.py",
+    "bench/objectives",
+    "bench/parameterizations",
+)
+
+
+def python_files(*places: str) -> list[Path]:
+    """The Python files at or below `places`, relative to this checkout."""
+    found: list[Path] = []
+    for place in places:
+        path = ROOT / place
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return found
+
+
+def sources_sha256(*places: str) -> str:
+    """Hash of the names and contents of `python_files(*places)`."""
+    files = python_files(*places)
+    return sha256_json([(str(path.relative_to(ROOT)), sha256_file(path)) for path in files])

@@ -1,0 +1,108 @@
+"""Where a training stands, on disk now and then: a kill loses minutes, and a rerun goes on."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bench.files import atomic_write, sha256_json
+from bench.provenance import tensors_sha256
+
+log = logging.getLogger(__name__)
+FILE = "training_state.safetensors"
+SAVE_SECONDS = 120.0
+# Stands in the JSON where a tensor stood.
+TENSOR = "__tensor__"
+
+
+class TrainingState:
+    """A file beside the model to come, valid for one meaning.
+
+    Args:
+        folder: the model folder to come.
+        meaning: hash of all that the training depends on; a file with another one is not used.
+    """
+
+    def __init__(self, folder: Path, meaning: str) -> None:
+        self.path = folder / FILE
+        self.meaning = meaning
+        self._saved = time.monotonic()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """What was saved last, its tensors on `device`.
+
+        None where there is nothing, or nothing of this training; the log says why.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt", device=str(device)) as stored:
+                described = stored.metadata() or {}
+                if described["meaning"] != self.meaning:
+                    log.warning(
+                        "%s is of other settings, weights, data, code or machine: training starts "
+                        "from the beginning",
+                        self.path,
+                    )
+                    return None
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            if described["sha256"] != _digest(described["state"], tensors):
+                raise ValueError("its sha256 differs")
+            state: dict[str, Any] = _unpack(json.loads(described["state"]), tensors)
+        except (SafetensorError, KeyError, ValueError) as error:
+            log.warning("%s is damaged (%s): training starts from the beginning", self.path, error)
+            return None
+        return state
+
+    def save_when_due(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Save `state()`, of tensors, numbers, texts, lists and dicts, every `SAVE_SECONDS`."""
+        if time.monotonic() - self._saved < SAVE_SECONDS:
+            return
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(_pack(state(), tensors))
+        described = {"meaning": self.meaning, "state": text, "sha256": _digest(text, tensors)}
+        with atomic_write(self.path) as temporary:
+            save_file(tensors, temporary, metadata=described)
+        self._saved = time.monotonic()
+
+
+def discard_state(folder: Path) -> None:
+    """Delete what a finished training left in its model folder, killed saves included."""
+    for path in (*folder.glob(FILE), *folder.glob(f".{FILE}.*.partial")):
+        path.unlink(missing_ok=True)
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON allows it, its tensors moved to `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        # safetensors refuses views of one storage.
+        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        return {str(key): _pack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_pack(item, tensors) for item in value]
+    return value
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_pack`; keys are text, and tuples are lists."""
+    if isinstance(value, dict):
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    return value
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    return sha256_json([text, tensors_sha256(tensors)])

@@ -1,0 +1,202 @@
+"""A killed training goes on where it stood, to the bit; what is not its own state is not used."""
+
+import copy
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from bench.config import Sgd, TrainingSettings, parse_experiment
+from bench.data import ArraySplit
+from bench.jobs import pretrain
+from bench.training import fit
+from bench.training_state import FILE, TrainingState
+
+STEPS = 8
+ADAMW = TrainingSettings(images=4 * STEPS, batch_size=4, weight_decay=0.1, precision="float32")
+SGD = ADAMW.model_copy(update={"optimizer": Sgd(kind="sgd", momentum=0.0)})
+MOMENTUM = ADAMW.model_copy(update={"optimizer": Sgd(kind="sgd")})
+
+
+class Interrupted(Exception):
+    """Stands for a kill: nothing of the training runs after it."""
+
+
+class Average:
+    """A hook with a state: the mean weight of the last layer."""
+
+    def __init__(self, layer):
+        self.layer, self.mean = layer, torch.zeros_like(layer.weight)
+
+    def __call__(self):
+        self.mean = 0.9 * self.mean + 0.1 * self.layer.weight.detach()
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+def network():
+    """Batch statistics, dropout, and weights that are not laid out row by row."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(2, 4, 3).to(memory_format=torch.channels_last)
+    return nn.Sequential(
+        convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)
+    )
+
+
+def run(settings, folder=None, stop=None, meaning="own"):
+    """Train, up to an interruption in step `stop` (from 0); the result and the steps it took."""
+    module, steps = network(), []
+    hook = Average(module[-1])
+    torch.manual_seed(1)
+    split = ArraySplit(
+        torch.randint(0, 256, (10, 2, 6, 6), dtype=torch.uint8), torch.arange(10) % 3
+    )
+
+    def loss(images, labels, noise, progress):
+        if len(steps) == stop:
+            raise Interrupted
+        steps.append(progress)
+        noisy = images + torch.randn(images.shape, generator=noise)
+        return nn.functional.cross_entropy(module(noisy), labels)
+
+    state = None if folder is None else TrainingState(folder, meaning)
+    record = fit(module, loss, split, settings, 0.01, 0, hook, state)
+    return {**module.state_dict(), "mean": hook.mean}, record, steps
+
+
+def same(left, right):
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def every_step(monkeypatch):
+    """States are saved after every step."""
+    monkeypatch.setattr("bench.training_state.SAVE_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("settings", [ADAMW, SGD, MOMENTUM], ids=["adamw", "sgd", "momentum"])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(settings, tmp_path, every_step):
+    whole, plain, _ = run(settings)
+    for stop in (1, 3):
+        with pytest.raises(Interrupted):
+            run(settings, tmp_path, stop)
+    parts, record, steps = run(settings, tmp_path)
+    assert steps == [step / STEPS for step in range(5, STEPS + 1)]
+    assert same(parts, whole)
+    assert record.loss_curve == plain.loss_curve
+    assert (record.images, record.sittings, plain.sittings) == (4 * STEPS, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "part", ["step", "weights", "optimizer", "scheduler", "noise", "random", "hook"]
+)
+def test_every_part_of_the_state_matters(part, tmp_path, every_step, monkeypatch):
+    """Negative control: with one part as it was three steps before, the end is another."""
+    whole, _, _ = run(ADAMW)
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=2)
+    cpu = torch.device("cpu")
+    old = copy.deepcopy(TrainingState(tmp_path, "own").load(cpu))
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=3)
+    load = TrainingState.load
+    monkeypatch.setattr(
+        TrainingState, "load", lambda self, device: load(self, device) | {part: old[part]}
+    )
+    assert not same(run(ADAMW, tmp_path)[0], whole)
+
+
+def test_seconds_and_memory_are_those_of_all_sittings(tmp_path, every_step, monkeypatch):
+    ticks, memory = itertools.count(), iter([9] * 4)
+    monkeypatch.setattr("bench.training.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("bench.training.peak_memory", lambda device: next(memory, 5))
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=4)
+    _, record, _ = run(ADAMW, tmp_path)
+    assert (record.seconds, record.peak_memory_bytes) == (STEPS, 9)
+
+
+def test_states_are_saved_now_and_then(tmp_path, monkeypatch):
+    now, asked = [0.0], []
+    monkeypatch.setattr("bench.training_state.time", SimpleNamespace(monotonic=lambda: now[0]))
+    state = TrainingState(tmp_path, "own")
+    for now[0] in (119.0, 120.0, 121.0, 239.0, 240.0):
+        state.save_when_due(lambda: {"at": asked.append(now[0])})
+    assert asked == [120.0, 240.0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "garbage"])
+def test_what_is_not_this_trainings_state_is_not_used(damage, tmp_path, every_step, caplog):
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=4)
+    path = tmp_path / FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    spoilt = {"cut": content[:-9], "flipped": content, "garbage": b"{}"}
+    path.write_bytes(spoilt.get(damage, path.read_bytes()))
+    meaning = "another" if damage == "foreign" else "own"
+    with caplog.at_level(logging.WARNING):
+        result, _, steps = run(ADAMW, tmp_path, meaning=meaning)
+    assert len(steps) == STEPS
+    assert same(result, run(ADAMW)[0])
+    assert ("of other settings" if damage == "foreign" else "is damaged") in caplog.text
+
+
+KILLED = """
+import os, signal, sys
+import bench.training, bench.training_state
+from bench.cli import main
+
+bench.training_state.SAVE_SECONDS = 0.0
+step = bench.training._step
+
+def killed(run, *arguments):
+    if run.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    step(run, *arguments)
+
+bench.training._step = killed
+sys.argv = ["bench", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_killed_job_is_finished_by_a_rerun(smoke_values, fetched, tmp_path):
+    values = copy.deepcopy(smoke_values)
+    values["data"]["directory"] = str(fetched.parent)
+    values["data"]["validation_images"] = 64
+    values["pretrain"]["images"] = 6 * 128
+    file = tmp_path / "experiment.yaml"
+    file.write_text(yaml.safe_dump(values))
+    folder, plain = tmp_path / "killed", tmp_path / "plain"
+    command = [sys.executable, "-c", KILLED, "pretrain", "--experiment", str(file)]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    answer = subprocess.run(
+        [*command, "--output", str(folder)], cwd=Path(__file__).parents[1],
+        env={**os.environ, **threads}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == -signal.SIGKILL, answer.stderr
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    experiment = parse_experiment(values, "x")
+    pretrain(experiment, folder)
+    pretrain(experiment, plain)
+    assert (folder / "classifier.json").read_bytes() == (plain / "classifier.json").read_bytes()
+    assert not (folder / FILE).exists()
+    left, right = (json.loads((f / "training.json").read_text()) for f in (folder, plain))
+    assert (left["sittings"], right["sittings"]) == (2, 1)
+    for key in ("images", "loss_curve", "validation_accuracy"):
+        assert left[key] == right[key]
