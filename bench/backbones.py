@@ -1,6 +1,7 @@
 """A timm model with its preprocessing is a classifier of native pixels."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from bench.config import BackboneSettings
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.resolution import resize
 
 # Components named in a model folder come from this checkout, never from elsewhere.
@@ -124,6 +126,11 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
             pretrained=settings.pretrained,
             **arguments,
         )
+    except OSError as error:
+        raise BenchError(
+            f"backbone.pretrained: the weights of {settings.timm} cannot be fetched ({error}): "
+            "docs/paper-scale.md tells how to bring them to a machine without a network"
+        ) from None
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BenchError(
             f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}: "
@@ -134,6 +141,25 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
         if hasattr(module, "qkv_bias_separate"):
             module.qkv_bias_separate = True  # type: ignore[assignment]
     return network
+
+
+def fetched_weights(network: nn.Module) -> dict[str, str]:
+    """Where the weights that timm fetched for `network` come from, and their file's sha256.
+
+    Raises:
+        BenchError: they did not come as safetensors from the Hugging Face hub.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    source = str(config.get("hf_hub_id"))
+    found = try_to_load_from_cache(source, "model.safetensors")
+    if not isinstance(found, str):
+        raise BenchError(
+            f"backbone.pretrained: {config['architecture']} has no model.safetensors on the hub "
+            "of Hugging Face, so what was loaded is not known: name another model"
+        )
+    return {"source": source, "sha256": sha256_file(Path(found))}
 
 
 def create_classifier(settings: BackboneSettings, classes: int, channels: int) -> Classifier:

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from bench.backbones import Classifier, create_classifier, set_fused_attention
+from bench.backbones import (
+    Classifier,
+    create_classifier,
+    fetched_weights,
+    set_fused_attention,
+)
 from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSettings
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
@@ -173,19 +178,22 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
     device = pick_device()
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
-    record, cost = _fit_classifier(
-        experiment.pretrain,
-        classifier,
-        data,
-        CrossEntropy(),
-        sigma=0.0,
-        learning_rate=experiment.pretrain.learning_rate,
-        seed=identity.seed,
-    )
-    report = training_report(record, device, data, experiment.pretrain.model_dump())
-    classifier.eval()
-    report["validation_accuracy"] = accuracy(classifier, data.validation)
-    cost["base_training_flops"] = 0
+    settings = experiment.pretrain
+    fetched = fetched_weights(classifier.network) if experiment.backbone.pretrained else None
+    record, cost = None, cost_report(None, {}, {})
+    if settings.learning_rate is not None:
+        record, cost = _fit_classifier(
+            settings,
+            classifier,
+            data,
+            CrossEntropy(),
+            sigma=0.0,
+            learning_rate=settings.learning_rate,
+            seed=identity.seed,
+        )
+    report = training_report(record, device, data, settings.model_dump())
+    cost = _certified_cost(cost, classifier.eval(), data) | {"base_training_flops": 0}
+    report |= {"validation_accuracy": accuracy(classifier, data.validation), "fetched": fetched}
     save_model(folder, classifier, spec_of(experiment, data), identity, cost, report)
 
 
@@ -287,7 +295,8 @@ def _starting_point(
             "every other kind needs a base; scratch methods take `baseline: gaussian_retraining`"
         )
     if base is None:
-        classifier = create_classifier(experiment.backbone, data.classes, data.shape[0])
+        random = experiment.backbone.model_copy(update={"pretrained": False})
+        classifier = create_classifier(random, data.classes, data.shape[0])
     else:
         classifier = load_start(experiment, method, sigma, seed, base, data)
     # At the model's resolution images come resized, whatever the start took.

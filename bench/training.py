@@ -86,6 +86,30 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def accumulate_gradients(
+    loss: BatchLoss,
+    images: Tensor,
+    labels: Tensor,
+    noise: Generator,
+    progress: float,
+    settings: TrainingSettings,
+) -> Tensor:
+    """Add the gradients of a batch's mean loss, a micro-batch at a time; return that loss.
+
+    The gradients are those of the whole batch, batch normalisation aside, whose statistics are
+    those of a micro-batch.
+    """
+    precision = pick_precision(settings.precision, images.device)
+    size = settings.micro_batch_size or len(images)
+    total = torch.zeros((), device=images.device)
+    for part, part_labels in zip(images.split(size), labels.split(size), strict=True):
+        with precision_context(images.device, precision):
+            value = loss(part, part_labels, noise, progress) * (len(part) / len(images))
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.detach()
+    return total
+
+
 def fit(
     module: nn.Module,
     loss: BatchLoss,
@@ -115,9 +139,8 @@ def fit(
     batches = track(batch_positions(split, settings.batch_size, steps, seed), steps, "training")
     for step, positions in enumerate(batches):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
-        with precision_context(device, precision):
-            value = loss(images, labels, noise, (step + 1) / steps)
-        value.backward()  # type: ignore[no-untyped-call]
+        share = (step + 1) / steps
+        value = accumulate_gradients(loss, images, labels, noise, share, settings)
         torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf)
         optimizer.step()
         scheduler.step()

@@ -1,0 +1,25 @@
+"""What training a prompt by queries takes, for `bench plan`."""
+
+import torch
+
+from baselines.black_box.settings import BlackBoxSettings
+from baselines.black_box.train import PROMPTS
+from bench.plan import Line, Planned, Planner, parameter_bytes
+from bench.weightless import without_weights
+
+
+def plan(planner: Planner, name: str) -> Planned:
+    """The lines of a method of this baseline: every query is a forward pass, none has a gradient."""
+    experiment, shape = planner.experiment, planner.data.shape
+    settings = BlackBoxSettings.of(experiment, name)
+    channels, height, width = shape
+    prompt = PROMPTS[settings.prompt](channels=channels, height=height, width=width, sigma=1.0)
+    without_weights(prompt)
+    classifier = planner.base()
+    classifier.denoiser = prompt
+    batch = experiment.method_training(name).batch_size
+    taken, jobs = planner.answer(classifier, shape, batch), planner.jobs(name)
+    disk = parameter_bytes(classifier)
+    flops = jobs * settings.queries * float(taken.flops)
+    line = Line("train", name, jobs, 0.0, flops, disk + taken.peak_bytes, jobs * disk)
+    return Planned([line], classifier)
