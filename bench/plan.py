@@ -39,7 +39,7 @@ from bench.parameterizations import adapt, insert_modules
 from bench.rates import Rate
 from bench.smoothing.expected import expected_draws
 from bench.training import BatchLoss
-from bench.weightless import CPU, Pass, follow, without_weights
+from bench.weightless import Pass, follow, for_inference, without_weights
 
 # Phi^-1(p_A) at 40 evenly spaced quantiles of the 3,427 images in Cohen's seven logs of CIFAR-10
 # and ImageNet (locuslab/smoothing@78a4d94), N = 100,000, in units that no sigma enters. Where a
@@ -71,10 +71,15 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Planned:
-    """What training a method takes, and the classifier that is certified, without weights."""
+    """What training a method takes, and the classifier that is certified, without weights.
+
+    `evaluated` images pass through that classifier in all trainings together, without gradient;
+    what they take is added to the last of `lines`.
+    """
 
     lines: list[Line]
     classifier: Classifier
+    evaluated: int
 
 
 @dataclass(frozen=True)
@@ -152,10 +157,9 @@ class Planner:
         taken = follow(run, "float32", classifier)
         return replace(taken, flops=taken.flops // batch)
 
-    def validation_flops(self, classifier: Classifier, shape: tuple[int, ...]) -> float:
-        """FLOPs of the accuracy on validation images that ends every training."""
-        images = self.experiment.data.validation_images
-        return images * self.answer(classifier, shape, 1).flops
+    def validated(self, method: str) -> int:
+        """Images of all the validations that end a method's trainings."""
+        return self.jobs(method) * self.experiment.data.validation_images
 
 
 def parameter_bytes(module: nn.Module, trained: bool = False) -> int:
@@ -193,7 +197,6 @@ def _plan_product(planner: Planner, name: str) -> Planned:
     point, settings = experiment.methods[name], experiment.method_training(name)
     shape = planner.shape_of(point)
     certified = _certified(planner, point)
-    validation = planner.validation_flops(certified, shape)
     disk = parameter_bytes(certified)
     flops, memory = 0.0, float(disk)
     if point.trains:
@@ -208,8 +211,8 @@ def _plan_product(planner: Planner, name: str) -> Planned:
             flops += counted[key][0] * settings.images * len(experiment.seeds)
             memory = max(memory, counted[key][1])
     jobs = planner.jobs(name)
-    line = Line("train", name, jobs, flops, jobs * validation, memory, jobs * disk)
-    return Planned([line], certified)
+    line = Line("train", name, jobs, flops, 0.0, memory, jobs * disk)
+    return Planned([line], certified, planner.validated(name))
 
 
 def _classifier(planner: Planner, point: Method) -> Classifier:
@@ -281,20 +284,22 @@ def draws_at(experiment: Experiment, sigma: float) -> Draws:
     return Draws(expected, fixed)
 
 
-def _certify_line(
-    planner: Planner, name: str, classifier: Classifier, draws: dict[float, Draws]
-) -> Line:
-    """All certifications of a method; sharding adds jobs and changes nothing else."""
+def _method_lines(planner: Planner, name: str, draws: dict[float, Draws]) -> list[Line]:
+    """All trainings and certifications of a method; shards add jobs and change nothing else."""
     experiment, settings = planner.experiment, planner.experiment.certification
+    planned = plan_method(planner, name)
+    classifier = for_inference(planned.classifier, planner.precision(settings.precision))
     shape = planner.shape_of(experiment.methods[name])
-    classifier.for_inference(planner.precision(settings.precision))
     taken = planner.answer(classifier, shape, settings.batch_size)
+    *lines, last = planned.lines
+    last = last._replace(evaluation_flops=planned.evaluated * taken.flops)
     images = min(settings.test_images, planner.data.test_images) * len(experiment.seeds)
     sigmas = experiment.sigmas_of(name)
     flops = taken.flops * images * sum(draws[sigma].expected for sigma in sigmas)
     jobs = len(sigmas) * len(experiment.seeds) * settings.shards
     memory = parameter_bytes(classifier) + taken.peak_bytes
-    return Line("certify", name, jobs, evaluation_flops=flops, memory_bytes=memory)
+    certified = Line("certify", name, jobs, evaluation_flops=flops, memory_bytes=memory)
+    return [*lines, last, certified]
 
 
 def _other_lines(experiment: Experiment) -> Iterator[Line]:
@@ -312,8 +317,7 @@ def plan(experiment: Experiment, rate: Rate) -> tuple[pd.DataFrame, dict[float, 
     draws = {sigma: draws_at(experiment, sigma) for sigma in experiment.sigmas}
     lines = [*_pretrain_lines(planner)]
     for name in experiment.methods:
-        planned = plan_method(planner, name)
-        lines += [*planned.lines, _certify_line(planner, name, planned.classifier, draws)]
+        lines += _method_lines(planner, name, draws)
     table = pd.DataFrame([*lines, *_other_lines(experiment)])
     seconds = (
         table["training_flops"] / rate.training

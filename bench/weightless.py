@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.backbones import Classifier
 from bench.cost import count_flops
 from bench.training import precision_context
 
@@ -61,15 +62,28 @@ class _LiveBytes(TorchDispatchMode):
 def without_weights(module: nn.Module) -> nn.Module:
     """`module` with tensors in place that have shapes and types but no numbers, on the CPU."""
     with FAKE:
-        for part in module.modules():
-            for name, value in part._parameters.items():
-                if value is not None:
-                    empty = torch.empty(value.shape, dtype=value.dtype, device=CPU)
-                    part._parameters[name] = nn.Parameter(empty, value.requires_grad)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CPU)
+        _renew(module, CPU)
     return module
+
+
+def for_inference(classifier: Classifier, precision: str) -> Classifier:
+    """`Classifier.for_inference` of a classifier without weights, whose tensors refuse casts."""
+    _renew(classifier, torch.device("meta"))
+    without_weights(classifier.for_inference(precision))
+    return classifier
+
+
+def _renew(module: nn.Module, device: torch.device) -> None:
+    """Put new tensors of the same shapes and types in place."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype, device=device)
+                part._parameters[name] = nn.Parameter(empty, value.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                part._buffers[name] = empty
 
 
 def follow(run: Callable[[], object], precision: str, *modules: nn.Module) -> Pass:

@@ -17,9 +17,6 @@ def plan(planner: Planner, name: str) -> Planned:
     without_weights(prompt)
     classifier = planner.base()
     classifier.denoiser = prompt
-    batch = experiment.method_training(name).batch_size
-    taken, jobs = planner.answer(classifier, shape, batch), planner.jobs(name)
-    disk = parameter_bytes(classifier)
-    flops = jobs * settings.queries * float(taken.flops)
-    line = Line("train", name, jobs, 0.0, flops, disk + taken.peak_bytes, jobs * disk)
-    return Planned([line], classifier)
+    jobs, disk = planner.jobs(name), parameter_bytes(classifier)
+    line = Line("train", name, jobs, memory_bytes=disk, disk_bytes=jobs * disk)
+    return Planned([line], classifier, jobs * settings.queries)

@@ -23,7 +23,6 @@ def plan(planner: Planner, name: str) -> Planned:
             denoiser, _ = new_denoiser(settings, shape[0])
         without_weights(denoiser)
     classifier.denoiser = denoiser.requires_grad_(True)
-    validation = planner.validation_flops(classifier, shape)
     denoiser.train()
     judges = [planner.surrogate(surrogate) for surrogate in point.surrogates] or [classifier]
     losses = [mse(denoiser, 1.0)]
@@ -33,6 +32,5 @@ def plan(planner: Planner, name: str) -> Planned:
     jobs, disk = planner.jobs(name), parameter_bytes(classifier)
     flops = jobs * budget.images * sum(flops for flops, _ in steps) / len(steps)
     memory = max(memory for _, memory in steps)
-    line = Line("train", name, jobs, flops, jobs * validation, memory, jobs * disk)
-    classifier.eval()
-    return Planned([line], classifier)
+    line = Line("train", name, jobs, flops, 0.0, memory, jobs * disk)
+    return Planned([line], classifier, planner.validated(name))
