@@ -609,7 +609,9 @@ class Experiment(Settings):
 
     def models(self) -> set[tuple[str, float]]:
         """Every (method, noise level of training) that tables, tuning or other methods need."""
-        return self._needed([(n, s) for n in self.methods for s in (*self.sigmas_of(n), self.tuning.sigma)])
+        return self._needed(
+            [(n, s) for n in self.methods for s in (*self.sigmas_of(n), self.tuning.sigma)]
+        )
 
     def trained_models(self) -> set[tuple[str, float]]:
         """Those of `models` that tables or other methods need; each is trained once per seed."""

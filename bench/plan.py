@@ -23,7 +23,6 @@ from bench.certification import protocol_of
 from bench.config import (
     BackboneSettings,
     CrossEntropy,
-    DataSettings,
     Experiment,
     Method,
     Objective,
@@ -34,7 +33,7 @@ from bench.data import Description, describe
 from bench.files import atomic_write
 from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
-from bench.parameterization_settings import Boft, Frozen
+from bench.parameterization_settings import Boft
 from bench.parameterizations import adapt, insert_modules
 from bench.rates import Rate
 from bench.smoothing.expected import expected_draws
@@ -106,18 +105,14 @@ class Planner:
             random = backbone.model_copy(update={"pretrained": False})
             return create_classifier(random, data.classes, data.shape[0])
 
-    def base(self) -> Classifier:
-        """The base classifier, frozen."""
-        plain = self.network(self.experiment.backbone, self.data).requires_grad_(False)
-        without_weights(plain)
-        return plain.eval()
-
-    def surrogate(self, name: str) -> Classifier:
-        """A classifier that stands in for the base, frozen."""
-        data = describe(self.experiment.base_data)
-        plain = self.network(self.experiment.surrogates[name], data).requires_grad_(False)
-        without_weights(plain)
-        return plain.eval()
+    def frozen(self, surrogate: str | None = None) -> Classifier:
+        """The base classifier, or one that stands in for it, as baselines take it."""
+        backbone = self.experiment.backbone
+        if surrogate is not None:
+            backbone = self.experiment.surrogates[surrogate]
+        classifier = self.network(backbone, describe(self.experiment.base_data))
+        without_weights(classifier.requires_grad_(False))
+        return classifier.eval()
 
     def precision(self, asked: str) -> str:
         """`asked`, where `auto` is what the planned machine makes of it."""
@@ -168,14 +163,14 @@ def parameter_bytes(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() * p.element_size() for p in chosen)
 
 
-def objective_loss(
-    classifier: nn.Module, objective: Objective, sigma: float, settings: TrainingSettings
-) -> BatchLoss:
+def objective_loss(classifier: nn.Module, objective: Objective, sigma: float) -> BatchLoss:
     """The loss of a training as `bench/jobs.py` minimises it."""
     minimise, hyperparameters = OBJECTIVES[objective.kind], objective.at(sigma)
 
     def loss(images: Tensor, labels: Tensor, noise: Generator, progress: float) -> Tensor:
-        return minimise(classifier, Batch(images, labels, sigma, noise, progress), **hyperparameters)
+        return minimise(
+            classifier, Batch(images, labels, sigma, noise, progress), **hyperparameters
+        )
 
     return loss
 
@@ -193,26 +188,34 @@ def plan_method(planner: Planner, name: str) -> Planned:
 
 def _plan_product(planner: Planner, name: str) -> Planned:
     """A point of the product, as the rule `train` makes it."""
-    experiment = planner.experiment
-    point, settings = experiment.methods[name], experiment.method_training(name)
-    shape = planner.shape_of(point)
+    point, seeds = planner.experiment.methods[name], len(planner.experiment.seeds)
     certified = _certified(planner, point)
     disk = parameter_bytes(certified)
     flops, memory = 0.0, float(disk)
     if point.trains:
+        settings = planner.experiment.method_training(name)
         trained = _trained(planner, point, settings)
-        disk += parameter_bytes(trained, trained=True) if hasattr(trained.network, "merge_and_unload") else 0
-        counted: dict[str, tuple[float, float]] = {}
-        for sigma in planner.sigmas(name):
-            key = json.dumps(point.objective.at(sigma))
-            if key not in counted:
-                loss = objective_loss(trained, point.objective, sigma, settings)
-                counted[key] = planner.step(trained, loss, shape, settings)
-            flops += counted[key][0] * settings.images * len(experiment.seeds)
-            memory = max(memory, counted[key][1])
+        if hasattr(trained.network, "merge_and_unload"):
+            # The adapter is kept beside the merged weights.
+            disk += parameter_bytes(trained, trained=True)
+        for per_image, held in _steps(planner, name, trained):
+            flops += seeds * settings.images * per_image
+            memory = max(memory, held)
     jobs = planner.jobs(name)
     line = Line("train", name, jobs, flops, 0.0, memory, jobs * disk)
     return Planned([line], certified, planner.validated(name))
+
+
+def _steps(planner: Planner, name: str, trained: Classifier) -> list[tuple[float, float]]:
+    """`Planner.step` at every noise level; the same hyperparameters take the same."""
+    point, settings = planner.experiment.methods[name], planner.experiment.method_training(name)
+    shape, sigmas = planner.shape_of(point), planner.sigmas(name)
+    keys = [json.dumps(point.objective.at(sigma)) for sigma in sigmas]
+    counted = {}
+    for key, sigma in dict(zip(keys, sigmas, strict=True)).items():
+        loss = objective_loss(trained, point.objective, sigma)
+        counted[key] = planner.step(trained, loss, shape, settings)
+    return [counted[key] for key in keys]
 
 
 def _classifier(planner: Planner, point: Method) -> Classifier:
@@ -261,7 +264,7 @@ def _pretrain_lines(planner: Planner) -> Iterator[Line]:
         tested = validation * planner.answer(classifier.eval(), data.shape, 1).flops
         disk, flops, memory = parameter_bytes(classifier), 0.0, 0.0
         if settings.images:
-            loss = objective_loss(classifier.train(), CrossEntropy(), 0.0, settings)
+            loss = objective_loss(classifier.train(), CrossEntropy(), 0.0)
             flops, memory = planner.step(classifier, loss, data.shape, settings)
         yield Line("pretrain", name, 1, flops * settings.images, tested, max(memory, disk), disk)
 
@@ -331,7 +334,13 @@ def stage_totals(table: pd.DataFrame) -> pd.DataFrame:
     """One row per stage and one for all: what a person reads."""
     flops = table["training_flops"] + table["evaluation_flops"]
     parts = table.assign(pflop=flops / 1e15)
-    how = {"jobs": "sum", "pflop": "sum", "hours": "sum", "memory_bytes": "max", "disk_bytes": "sum"}
+    how = {
+        "jobs": "sum",
+        "pflop": "sum",
+        "hours": "sum",
+        "memory_bytes": "max",
+        "disk_bytes": "sum",
+    }
     totals = parts.groupby("stage").agg(how).loc[[*STAGES]]
     totals.loc["all"] = parts.agg(how)
     totals["jobs"] = totals["jobs"].astype(int)

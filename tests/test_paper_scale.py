@@ -28,6 +28,7 @@ from bench.jobs import _starting_point, pretrain, train
 from bench.model_folder import load_classifier, read_spec
 from bench.plan import plan
 from bench.rates import datasheet_rate
+from bench.resolution import resized
 
 ROOT = Path(__file__).parents[1]
 TINY_VIT = {"img_size": 48, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -80,7 +81,10 @@ def toy_values(name: str, folder: Path) -> dict:
     values["data"] |= {"directory": str(folder / "data"), "validation_images": 8}
     values["backbone"] |= {"arguments": TINY_VIT, "input_size": 48, "pretrained": False}
     values["pretrain"]["images"] = min(16, values["pretrain"]["images"])
-    for budget in (values["training"], *(m.get("training", {}) for m in values["methods"].values())):
+    for budget in (
+        values["training"],
+        *(m.get("training", {}) for m in values["methods"].values()),
+    ):
         budget |= {key: 16 for key in ("images", "batch_size") if key in budget}
         budget |= {key: 8 for key in ("micro_batch_size",) if key in budget}
     small = {"n0": 8, "n": 32, "horizon": 32, "test_images": 4, "batch_size": 32}
@@ -120,7 +124,9 @@ def test_a_toy_run_goes_through_the_whole_workflow(name, tmp_path):
     curves = pd.read_csv(tmp_path / f"results/{name}/tables/certified_accuracy.csv")
     assert list(curves["method"].unique()) == THROUGH_THE_DAG[name]
     assert (curves["n_images"] == 4).all()
-    made = load_classifier(tmp_path / f"results/{name}/models/{THROUGH_THE_DAG[name][1]}/sigma_0.50/seed_0")
+    made = load_classifier(
+        tmp_path / f"results/{name}/models/{THROUGH_THE_DAG[name][1]}/sigma_0.50/seed_0"
+    )
     assert type(made.network).__name__ == "VisionTransformer"
     assert made.denoiser is not None
 
@@ -150,8 +156,10 @@ def test_every_method_trains_at_toy_size(pretrained):
         else:
             scratch = point.parameterization.kind == "scratch"
             train(experiment, name, 0.5, 0, None if scratch else base, output)
-        assert load_classifier(output)(data.test.batch(torch.tensor([0]))).isfinite().all()
-        assert read_spec(output).noise_resolution == point.noise_resolution
+        spec = read_spec(output)
+        assert spec.noise_resolution == point.noise_resolution
+        pixels = resized(data, spec.noise_size).test.batch(torch.tensor([0]))
+        assert load_classifier(output)(pixels).isfinite().all()
 
 
 def test_a_base_without_training_is_the_backbone_as_it_comes(pretrained):
@@ -264,7 +272,10 @@ def test_weights_come_from_hf_home_without_a_network_and_are_named_by_hash(tmp_p
 
     elsewhere = run(tmp_path / "empty")
     assert elsewhere.returncode == 1
-    assert "backbone.pretrained: the weights of test_vit.r160_in1k cannot be fetched" in elsewhere.stderr
+    assert (
+        "backbone.pretrained: the weights of test_vit.r160_in1k cannot be fetched"
+        in elsewhere.stderr
+    )
     assert not (tmp_path / "base").exists()
     done = run(tmp_path / "home")
     assert done.returncode == 0, done.stderr

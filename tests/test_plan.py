@@ -54,43 +54,46 @@ def vit_b16_flops(classes: int, tokens: int = 197, prompts: int = 0) -> int:
 
 
 @pytest.fixture(scope="module")
-def one_method() -> pd.DataFrame:
-    """The bill of VPT-deep and the undefended ViT-B/16 of cifar10.yaml at one sigma."""
+def vit_b16() -> tuple[pd.DataFrame, float]:
+    """Three methods of cifar10.yaml at one sigma, by stage and method; draws of one image."""
     whole = load_experiment(ROOT / "config/cifar10.yaml")
     kept = {name: whole.methods[name] for name in ("undefended", "vpt_deep", "full_finetuning")}
     update = {"sigmas": [0.5], "methods": kept}
-    return plan(whole.model_copy(update=update), RATE)[0].set_index(["stage", "method"])
+    table, draws = plan(whole.model_copy(update=update), RATE)
+    return table.set_index(["stage", "method"]), draws[0.5].expected
 
 
-def test_vit_b16_costs_what_its_formula_says(one_method):
+def test_vit_b16_costs_what_its_formula_says(vit_b16):
+    table, draws = vit_b16
     experiment = load_experiment(ROOT / "config/cifar10.yaml")
     flops = vit_b16_flops(classes=10)
     assert flops == 35_126_135_808
-    draws = draws_at(experiment, 0.5).expected * experiment.certification.test_images
-    certified = one_method.loc["certify"]["evaluation_flops"]
+    draws *= experiment.certification.test_images
+    certified = table.loc["certify"]["evaluation_flops"]
     assert certified["undefended"] == pytest.approx(flops * draws)
     assert certified["vpt_deep"] == pytest.approx(vit_b16_flops(10, prompts=10) * draws)
-    validated = one_method.loc[("train", "undefended"), "evaluation_flops"]
+    validated = table.loc[("train", "undefended"), "evaluation_flops"]
     assert validated == flops * experiment.data.validation_images
     # Backward costs twice the forward pass, but pixels need no gradient.
     patches = 2 * 196 * 3 * 16 * 16 * 768
     images = experiment.training.images
-    trained = one_method.loc["train"]["training_flops"]
+    trained = table.loc["train"]["training_flops"]
     assert trained["full_finetuning"] == (3 * flops - patches) * images
     assert trained["undefended"] == 0
-    base = one_method.loc[("pretrain", "base")]
+    base = table.loc[("pretrain", "base")]
     assert base["training_flops"] == (3 * flops - patches) * experiment.pretrain.images
     # 86 million weights in float32.
     assert base["disk_bytes"] == 4 * (85_798_656 + 7_690)
 
 
-def test_hours_follow_from_the_rates_and_the_jobs(one_method):
-    row = one_method.loc[("train", "full_finetuning")]
+def test_hours_follow_from_the_rates_and_the_jobs(vit_b16):
+    table, _ = vit_b16
+    row = table.loc[("train", "full_finetuning")]
     seconds = row["training_flops"] / 2e12 + row["evaluation_flops"] / 1e12 + 5.0
     assert row["hours"] == pytest.approx(seconds / 3600)
-    totals = stage_totals(one_method.reset_index()).set_index("stage")
-    assert totals.loc["all", "hours"] == pytest.approx(one_method["hours"].sum())
-    assert totals.loc["all", "memory_gib"] == one_method["memory_bytes"].max() / 2**30
+    totals = stage_totals(table.reset_index()).set_index("stage")
+    assert totals.loc["all", "hours"] == pytest.approx(table["hours"].sum())
+    assert totals.loc["all", "memory_gib"] == table["memory_bytes"].max() / 2**30
 
 
 @pytest.mark.parametrize("name", ["lora", "vpt_deep", "adapter", "full_finetuning"])
@@ -237,8 +240,8 @@ def test_rates_say_where_they_come_from(smoke, tmp_path):
     assert stated_rate(1e11).inference == 1e11
     with pytest.raises(BenchError, match=r"--gpu h900 is not known \(h100, "):
         datasheet_rate("h900")
-    with pytest.raises(BenchError, match="--rate 0: .* above 0"):
-        stated_rate(0)
+    with pytest.raises(BenchError, match=r"--rate 0\.0: .* above 0"):
+        stated_rate(0.0)
     only = smoke.model_copy(update={"methods": {"lora": smoke.methods["lora"]}})
     lines = build_plan(only, rate, tmp_path / "bill.csv")
     assert "Cohen" in lines[-1]

@@ -4,7 +4,6 @@ import torch
 
 from baselines.denoised_smoothing.settings import DenoiserSettings
 from baselines.denoised_smoothing.train import mse, new_denoiser, stability
-from bench.data import describe
 from bench.plan import Line, Planned, Planner, parameter_bytes, plan_method
 from bench.weightless import without_weights
 
@@ -14,7 +13,7 @@ def plan(planner: Planner, name: str) -> Planned:
     experiment = planner.experiment
     point, settings = experiment.methods[name], DenoiserSettings.of(experiment, name)
     budget, shape = experiment.method_training(name), planner.data.shape
-    classifier = planner.base()
+    classifier = planner.frozen()
     if point.denoiser is not None:
         denoiser = plan_method(planner, point.denoiser.of).classifier.denoiser
         assert denoiser is not None
@@ -24,7 +23,7 @@ def plan(planner: Planner, name: str) -> Planned:
         without_weights(denoiser)
     classifier.denoiser = denoiser.requires_grad_(True)
     denoiser.train()
-    judges = [planner.surrogate(surrogate) for surrogate in point.surrogates] or [classifier]
+    judges = [planner.frozen(surrogate) for surrogate in point.surrogates] or [classifier]
     losses = [mse(denoiser, 1.0)]
     if settings.objective == "stability":
         losses = [stability(denoiser, judge, 1.0) for judge in judges]

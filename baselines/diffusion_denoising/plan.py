@@ -66,7 +66,7 @@ def plan(planner: Planner, name: str) -> Planned:
     if settings.channels is not None:
         flops, memory = planner.step(unet, noise_prediction(unet, settings), shape, budget)
         made = made._replace(training_flops=seeds * budget.images * flops, memory_bytes=memory)
-    classifier = planner.base()
+    classifier = planner.frozen()
     classifier.denoiser = Passes(unet.requires_grad_(False), settings.steps * settings.votes).eval()
     jobs, disk = planner.jobs(name), parameter_bytes(classifier)
     assembled = Line("train", name, jobs, memory_bytes=disk, disk_bytes=jobs * disk)
