@@ -30,13 +30,13 @@ from bench.config import (
     TrainingSettings,
 )
 from bench.data import Description, describe
+from bench.expected import expected_draws
 from bench.files import atomic_write
 from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
 from bench.parameterization_settings import Boft
 from bench.parameterizations import adapt, insert_modules
 from bench.rates import Rate
-from bench.smoothing.expected import expected_draws
 from bench.training import BatchLoss
 from bench.weightless import Pass, follow, for_inference, without_weights
 

@@ -107,13 +107,14 @@ def measured_rate(experiment: Experiment) -> Rate:
 
 def _per_second(run: Callable[[], None], device: torch.device) -> float:
     """How often `run` passes in a second, the first time aside."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     run()
-    count, begin = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - begin) < MEASURED_SECONDS or not count:
+    wait()
+    count, seconds, begin = 0, 0.0, time.perf_counter()
+    while seconds < MEASURED_SECONDS:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        count += 1
+        wait()
+        count, seconds = count + 1, time.perf_counter() - begin
     return count / seconds
 
 

@@ -14,11 +14,11 @@ import yaml
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 
-import bench.smoothing.expected as expected
 from baselines.command import BaselineJob
 from baselines.denoised_smoothing.train import train_denoiser
 from baselines.diffusion_denoising.assemble import assemble
 from baselines.diffusion_denoising.train import train_unet
+from bench import expected
 from bench.accounting import DDPM_CIFAR10, GUIDED_DIFFUSION_256
 from bench.accounting import GUIDED_DIFFUSION_256_PARAMETERS as GUIDED_PARAMETERS
 from bench.config import BackboneSettings, load_experiment

@@ -1,5 +1,6 @@
 """The bill: FLOPs by hand and by real networks, draws in closed form, jobs as in the DAG."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import bench.smoothing.expected as expected
+from bench import expected, rates
 from bench.backbones import create_classifier
 from bench.config import Experiment, load_experiment, parse_experiment
 from bench.cost import inference_flops, training_flops
@@ -255,3 +256,19 @@ def test_folders_of_images_are_counted_only_when_they_are_there(smoke_values, tm
     values["data"] = {"name": "image_folder", "directory": str(tmp_path), "image_size": 28}
     with pytest.raises(BenchError, match="holds no images: bring the data first"):
         plan(parse_experiment(values, "x"), RATE)
+
+
+def test_a_measured_rate_is_of_this_machine_and_its_own_passes(smoke, monkeypatch):
+    monkeypatch.setattr(rates, "MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr(rates, "START", "pass")
+    ticks = itertools.count()
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(ticks)))
+    rate = rates.measured_rate(smoke)
+    data = describe(smoke.data)
+    network = create_classifier(smoke.backbone, data.classes, data.shape[0])
+    flops = inference_flops(network.eval(), data.shape)
+    # One pass of a batch in a second of this clock.
+    assert rate.inference == flops * smoke.training.batch_size
+    assert rate.training == 3 * rate.inference
+    assert rate.job_seconds == 1
+    assert rate.source.startswith("measured here (")
