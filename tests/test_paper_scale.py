@@ -24,6 +24,7 @@ from bench.accounting import GUIDED_DIFFUSION_256_PARAMETERS as GUIDED_PARAMETER
 from bench.config import BackboneSettings, load_experiment
 from bench.data import fetch, load_data
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.jobs import _starting_point, pretrain, train
 from bench.model_folder import load_classifier, read_spec
 from bench.plan import plan
@@ -38,6 +39,12 @@ THROUGH_THE_DAG = {
     "cifar10": ["lora_model", "denoised_smoothing_stability", "gaussian_retraining"],
     "imagenet": ["vpt_deep", "diffusion_denoising"],
 }
+
+
+@pytest.fixture(autouse=True)
+def _few_repeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(expected, "REPEATS", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def write_cifar(folder: Path) -> None:
@@ -173,9 +180,7 @@ def test_a_base_without_training_is_the_backbone_as_it_comes(pretrained):
 
 @pytest.mark.workflow
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
-def test_a_dry_run_lists_every_job_of_the_bill(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(expected, "REPEATS", 1)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_dry_run_lists_every_job_of_the_bill(name, tmp_path):
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--quiet", "rules"]
     command += ["--directory", str(tmp_path), "--snakefile", str(ROOT / "Snakefile")]
     command += ["--configfile", str(ROOT / f"config/{name}.yaml")]
@@ -225,6 +230,7 @@ import timm
 from bench.config import load_experiment
 from bench.data import fetch
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.jobs import pretrain
 experiment = load_experiment(Path(sys.argv[1]))
 fetch(experiment.data)
@@ -253,8 +259,6 @@ def write_hub_cache(home: Path, name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.workflow
 def test_weights_come_from_hf_home_without_a_network_and_are_named_by_hash(tmp_path):
-    from bench.files import sha256_file
-
     name = "test_vit.r160_in1k"
     values = toy("cifar10", tmp_path)
     values["backbone"] = {"timm": name, "pretrained": True, "input_size": 160}
