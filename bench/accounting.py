@@ -45,7 +45,20 @@ DDPM_CIFAR10: dict[str, Any] = {
     "attention_head_dim": None,
 }
 IMPROVED_DIFFUSION_CIFAR10 = 52_546_438
-GUIDED_DIFFUSION_256 = 552_814_086
+GUIDED_DIFFUSION_256_PARAMETERS = 552_814_086
+# The same network for diffusers, without the three channels that predict a variance.
+GUIDED_DIFFUSION_256: dict[str, Any] = {
+    "sample_size": 256,
+    "layers_per_block": 2,
+    "block_out_channels": (256, 256, 512, 512, 1024, 1024),
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3,
+    "up_block_types": ("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3,
+    "attention_head_dim": 64,
+    "attn_norm_num_groups": 32,
+    "resnet_time_scale_shift": "scale_shift",
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ def published_denoisers() -> list[Denoiser]:
         Denoiser("cifar10", "ddpm-cifar10-32", ddpm, 1000),
         Denoiser("cifar10", "improved-diffusion", IMPROVED_DIFFUSION_CIFAR10, 1000),
         Denoiser("imagenet", "DnCNN", cnn, 10),
-        Denoiser("imagenet", "guided-diffusion 256", GUIDED_DIFFUSION_256, 1000),
+        Denoiser("imagenet", "guided-diffusion 256", GUIDED_DIFFUSION_256_PARAMETERS, 1000),
     ]
 
 

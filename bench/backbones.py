@@ -1,6 +1,7 @@
 """A timm model with its preprocessing is a classifier of native pixels."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from bench.config import BackboneSettings
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.resolution import resize
 
 # Components named in a model folder come from this checkout, never from elsewhere.
@@ -128,6 +130,11 @@ def create_network(settings: BackboneSettings, classes: int, channels: int) -> n
             pretrained=settings.pretrained or names is not None,
             **arguments,
         )
+    except OSError as error:
+        raise BenchError(
+            f"backbone.pretrained: the weights of {settings.timm} cannot be fetched ({error}): "
+            "docs/paper-scale.md tells how to bring them to a machine without a network"
+        ) from None
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise BenchError(
             f"backbone.timm = {settings.timm!r} with backbone.arguments = {settings.arguments}"
@@ -174,6 +181,31 @@ def _check_names(network: nn.Module, found: set[str], settings: BackboneSettings
                 f"backbone.weights = {settings.weights} {problem} {', '.join(sorted(names)[:3])} "
                 f"({len(names)} in all): it must hold timm's names of {settings.timm}"
             )
+
+
+def initial_weights(settings: BackboneSettings, network: nn.Module) -> dict[str, str] | None:
+    """Where the weights that `network` was built with come from, and their file's sha256.
+
+    None if they are random.
+
+    Raises:
+        BenchError: timm did not fetch them as safetensors from the Hugging Face hub.
+    """
+    if settings.weights is not None:
+        return {"source": settings.weights, "sha256": sha256_file(Path(settings.weights))}
+    if not settings.pretrained:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment]
+    source = str(config.get("hf_hub_id"))
+    found = try_to_load_from_cache(source, "model.safetensors")
+    if not isinstance(found, str):
+        raise BenchError(
+            f"backbone.pretrained: {config['architecture']} has no model.safetensors on the hub "
+            "of Hugging Face, so what was loaded is not known: name another model"
+        )
+    return {"source": source, "sha256": sha256_file(Path(found))}
 
 
 def create_classifier(settings: BackboneSettings, classes: int, channels: int) -> Classifier:

@@ -202,6 +202,32 @@ def tuning(
 
 
 @app.command()
+def plan(
+    experiment: Annotated[Path, typer.Argument(help="Experiment file (YAML).")],
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for this GPU (h100, a100, ...) by its datasheet.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Plan for a machine of so many FLOPs per second.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write every row as CSV.")] = None,
+) -> None:
+    """Print what an experiment will cost before it runs; this machine is timed by default."""
+    from bench import rates
+    from bench.plan import build_plan
+
+    settings = load_experiment(experiment)
+    if gpu is not None and rate is not None:
+        raise BenchError("--gpu and --rate exclude each other: give one")
+    if gpu is not None:
+        chosen = rates.datasheet_rate(gpu)
+    else:
+        chosen = rates.measured_rate(settings) if rate is None else rates.stated_rate(rate)
+    for line in build_plan(settings, chosen, output):
+        typer.echo(line)
+
+
+@app.command()
 def accounting(output: Output) -> None:
     """Set what each parameterization trains on ViT-B/16 beside published denoisers (CSV)."""
     from bench.accounting import build_accounting

@@ -9,6 +9,7 @@ import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -114,10 +115,14 @@ class Step(Settings):
 
 
 class TrainingSettings(Settings):
-    """Budget and optimizer; `images` counts the training images seen, however noisy each."""
+    """Budget and optimizer; `images` counts the training images seen, however noisy each.
+
+    `micro_batch_size` images of a batch pass at once; their gradients add up to the batch's.
+    """
 
     images: PositiveInt
     batch_size: PositiveInt = 128
+    micro_batch_size: PositiveInt | None = None
     optimizer: Annotated[AdamW | Sgd, Field(discriminator="kind")] = AdamW()
     schedule: Annotated[Cosine | Step, Field(discriminator="kind")] = Cosine()
     weight_decay: float = Field(default=0.05, ge=0)
@@ -129,15 +134,33 @@ class TrainingSettings(Settings):
         """Optimizer steps that the budget pays for."""
         return max(1, self.images // self.batch_size)
 
+    def defining(self) -> dict[str, Any]:
+        """The keys that define a training's numbers, for fingerprints.
+
+        One that came later is left out at its default, so earlier results keep their fingerprints.
+        """
+        late = {"micro_batch_size"} if self.micro_batch_size is None else set()
+        return self.model_dump(exclude={"data", *late})
+
 
 class PretrainSettings(TrainingSettings):
     """Clean training of the base classifier that every other method starts from.
 
     With `data` of its own, methods adapt the base to the experiment's data, with a new head.
+    With 0 images the base is the backbone as it comes.
     """
 
-    learning_rate: PositiveFloat
+    images: NonNegativeInt
+    learning_rate: PositiveFloat | None = None
     data: DataSettings | None = None
+
+    @model_validator(mode="after")
+    def _learning_rate_where_trained(self) -> "PretrainSettings":
+        if self.images and self.learning_rate is None:
+            raise ValueError("learning_rate is missing: the base is trained on images")
+        if not self.images and self.learning_rate is not None:
+            raise ValueError("learning_rate is given, but 0 images train nothing: remove it")
+        return self
 
 
 class TrainingOverrides(Settings):
@@ -145,6 +168,7 @@ class TrainingOverrides(Settings):
 
     images: PositiveInt | None = None
     batch_size: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
     weight_decay: float | None = Field(default=None, ge=0)
     precision: Precision | None = None
 
@@ -472,11 +496,10 @@ class Experiment(Settings):
         return self._pretraining_fingerprint(self.surrogates[name])
 
     def _pretraining_fingerprint(self, backbone: BackboneSettings) -> str:
-        training = self.pretrain.model_dump(exclude={"data"})
         # Fingerprints of experiments without the key stay what they were.
         unset = {"weights"} if backbone.weights is None else set()
-        parts = [self.base_data.model_dump(), backbone.model_dump(exclude=unset), training]
-        return sha256_json([*parts, self.seeds[0]])
+        parts = [self.base_data.model_dump(), backbone.model_dump(exclude=unset)]
+        return sha256_json([*parts, self.pretrain.defining(), self.seeds[0]])
 
     @property
     def base_data(self) -> DataSettings:
@@ -603,7 +626,15 @@ class Experiment(Settings):
 
     def models(self) -> set[tuple[str, float]]:
         """Every (method, noise level of training) that tables, tuning or other methods need."""
-        asked = [(n, s) for n in self.methods for s in (*self.sigmas_of(n), self.tuning.sigma)]
+        return self._needed(
+            [(n, s) for n in self.methods for s in (*self.sigmas_of(n), self.tuning.sigma)]
+        )
+
+    def trained_models(self) -> set[tuple[str, float]]:
+        """Those of `models` that tables or other methods need; each is trained once per seed."""
+        return self._needed([(n, s) for n in self.methods for s in self.sigmas_of(n)])
+
+    def _needed(self, asked: list[tuple[str, float]]) -> set[tuple[str, float]]:
         found: set[tuple[str, float]] = set()
         while asked:
             name, sigma = asked.pop()
@@ -663,7 +694,7 @@ class Experiment(Settings):
         own = {"training", "objective", "train_sigma", "start", "noise_resolution"}
         point = chosen.model_dump(exclude=labels | own)
         objective = [chosen.objective.kind, chosen.objective.at(sigma)]
-        training = self.method_training(method).model_dump()
+        training = self.method_training(method).defining()
         start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
         if self.pretrain.data is not None:
             start.append(sha256_json(self.data.model_dump()))

@@ -12,9 +12,10 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,9 @@ class FolderSplit:
 
     def batch(self, positions: Tensor) -> Tensor:
         """Images `(B, 3, size, size)` float32 in [0, 1] at `positions`."""
-        return torch.stack([self._load(self.paths[int(i)]) for i in positions])
+        # Decoding leaves Python's lock free.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return torch.stack([*pool.map(self._load, [self.paths[int(i)] for i in positions])])
 
     def _load(self, path: Path) -> Tensor:
         try:
@@ -133,6 +136,41 @@ class Data:
     train: ImageSplit
     validation: ImageSplit
     test: ImageSplit
+
+
+class Description(NamedTuple):
+    """What is known of a data set before it is fetched; `shape` is (C, H, W)."""
+
+    classes: int
+    shape: tuple[int, int, int]
+    test_images: int
+
+
+KNOWN = {
+    "fashion_mnist": Description(10, (1, 28, 28), 10_000),
+    "mnist_5k": Description(10, (1, 28, 28), 1_500),
+    "cifar10": Description(10, (3, 32, 32), 10_000),
+    "cifar100": Description(100, (3, 32, 32), 10_000),
+}
+
+
+def describe(settings: DataSettings) -> Description:
+    """Classes, shape and number of test images, from the files only where nothing else tells.
+
+    Raises:
+        BenchError: images vary in size and `image_size` is missing, or a folder holds none.
+    """
+    if settings.name in KNOWN:
+        return KNOWN[settings.name]
+    if settings.image_size is None:
+        raise BenchError(f"data.image_size is missing: {settings.name} images vary in size")
+    shape = (3, settings.image_size, settings.image_size)
+    if settings.name == "imagenet":
+        return Description(1000, shape, 50_000)
+    test = _image_files(data_folder(settings) / "test")
+    if not test:
+        raise BenchError(f"{data_folder(settings)}/test holds no images: bring the data first")
+    return Description(len({path.parent.name for path in test}), shape, len(test))
 
 
 def data_folder(settings: DataSettings) -> Path:

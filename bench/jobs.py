@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from bench.backbones import Classifier, create_classifier, set_fused_attention
+from bench.backbones import (
+    Classifier,
+    create_classifier,
+    initial_weights,
+    set_fused_attention,
+)
 from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSettings
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.files import read_json, sha256_file, sha256_json
+from bench.files import read_json, sha256_json
 from bench.model_folder import (
     Component,
     Identity,
@@ -205,23 +210,25 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
     device = pick_device()
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
-    weights = experiment.backbone.weights
-    initial = {weights: sha256_file(Path(weights))} if weights is not None else {}
-    record, cost = _fit_classifier(
-        experiment.pretrain,
-        classifier,
-        data,
-        CrossEntropy(),
-        sigma=0.0,
-        learning_rate=experiment.pretrain.learning_rate,
-        seed=identity.seed,
-        state=state_of(folder, identity, data, experiment.pretrain, device, list(initial.values())),
-    )
-    report = training_report(record, device, data, experiment.pretrain.model_dump())
+    settings = experiment.pretrain
+    initial = initial_weights(experiment.backbone, classifier.network)
+    starts = [initial["sha256"]] if initial is not None else []
+    record, cost = None, cost_report(None, {}, {})
+    if settings.learning_rate is not None:
+        record, cost = _fit_classifier(
+            settings,
+            classifier,
+            data,
+            CrossEntropy(),
+            sigma=0.0,
+            learning_rate=settings.learning_rate,
+            seed=identity.seed,
+            state=state_of(folder, identity, data, settings, device, starts),
+        )
+    report = training_report(record, device, data, settings.model_dump())
     report["initial_weights"] = initial
-    classifier.eval()
+    cost = _certified_cost(cost, classifier.eval(), data) | {"base_training_flops": 0}
     report["validation_accuracy"] = accuracy(classifier, data.validation)
-    cost["base_training_flops"] = 0
     save_model(folder, classifier, spec_of(experiment, data), identity, cost, report)
 
 

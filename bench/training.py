@@ -198,6 +198,30 @@ def _start(
     return run
 
 
+def accumulate_gradients(
+    loss: BatchLoss,
+    images: Tensor,
+    labels: Tensor,
+    noise: Generator,
+    progress: float,
+    settings: TrainingSettings,
+) -> Tensor:
+    """Add the gradients of a batch's mean loss, a micro-batch at a time; return that loss.
+
+    The gradients are those of the whole batch, batch normalisation aside, whose statistics are
+    those of a micro-batch.
+    """
+    precision = pick_precision(settings.precision, images.device)
+    size = settings.micro_batch_size or len(images)
+    total = torch.zeros((), device=images.device)
+    for part, part_labels in zip(images.split(size), labels.split(size), strict=True):
+        with precision_context(images.device, precision):
+            value = loss(part, part_labels, noise, progress) * (len(part) / len(images))
+        value.backward()  # type: ignore[no-untyped-call]
+        total += value.detach()
+    return total
+
+
 def fit(
     module: nn.Module,
     loss: BatchLoss,
@@ -224,7 +248,7 @@ def fit(
     left = islice(batches, run.step, None)
     for positions in track(left, settings.steps - run.step, "training"):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
-        _step(run, loss, images, labels, settings, precision)
+        _step(run, loss, images, labels, settings)
         run.seconds = before + time.perf_counter() - begin
         if state is not None:
             state.save_when_due(run.state_dict)
@@ -244,13 +268,11 @@ def _step(
     images: Tensor,
     labels: Tensor,
     settings: TrainingSettings,
-    precision: str,
 ) -> None:
     """One step of the optimizer; a point of the loss curve now and then."""
     steps, [group] = settings.steps, run.optimizer.param_groups
-    with precision_context(images.device, precision):
-        value = loss(images, labels, run.noise, (run.step + 1) / steps)
-    value.backward()  # type: ignore[no-untyped-call]
+    share = (run.step + 1) / steps
+    value = accumulate_gradients(loss, images, labels, run.noise, share, settings)
     torch.nn.utils.clip_grad_norm_(group["params"], settings.clip_norm or math.inf)
     run.optimizer.step()
     run.scheduler.step()

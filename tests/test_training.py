@@ -6,7 +6,7 @@ from torch import nn
 
 from bench.config import Sgd, Step, TrainingSettings
 from bench.data import ArraySplit
-from bench.training import fit
+from bench.training import accumulate_gradients, fit
 
 IMAGES = ArraySplit(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 SGD = {"images": 8, "batch_size": 2, "weight_decay": 0.0, "clip_norm": None}
@@ -73,3 +73,61 @@ def test_the_default_is_adamw_with_a_cosine():
     steps = torch.tensor([1.0, *weights]).diff()
     # AdamW moves by the rate itself on a constant slope: one warm-up step, then the cosine.
     assert steps.tolist() == pytest.approx([-0.1, -0.1, -0.075, -0.025], rel=1e-3)
+
+
+class Scores(nn.Module):
+    """A linear classifier of one-pixel images."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(1, 2)
+
+    def forward(self, pixels):
+        return self.layer(pixels.flatten(1))
+
+
+def gradients(micro: int | None, count: int = 7) -> tuple[torch.Tensor, float]:
+    """Gradient of the weights and loss on one batch of `count` images."""
+    module, settings = Scores(), TrainingSettings(images=count, micro_batch_size=micro)
+    images = torch.linspace(-1, 1, count).reshape(count, 1, 1, 1)
+    labels = torch.arange(count) % 2
+
+    def loss(pixels, targets, noise, share):
+        return nn.functional.cross_entropy(module(pixels), targets)
+
+    value = accumulate_gradients(loss, images, labels, torch.Generator(), 1.0, settings)
+    return module.layer.weight.grad, value.item()
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 7, 100])
+def test_micro_batches_add_up_to_the_batch(micro):
+    """Also where the last one is smaller than the others."""
+    whole, value = gradients(None)
+    pieces, their_value = gradients(micro)
+    torch.testing.assert_close(pieces, whole)
+    assert their_value == pytest.approx(value)
+    assert not torch.allclose(gradients(None, count=6)[0], whole)
+
+
+def test_micro_batches_draw_the_noise_of_the_batch():
+    drawn = []
+
+    def loss(pixels, targets, noise, share):
+        drawn.append(torch.randn(pixels.shape, generator=noise))
+        return pixels.sum().requires_grad_()
+
+    images, labels = torch.zeros(8, 3, 8, 8), torch.zeros(8, dtype=torch.int64)
+    for micro in (None, 2):
+        settings = TrainingSettings(images=8, micro_batch_size=micro)
+        noise = torch.Generator().manual_seed(3)
+        accumulate_gradients(loss, images, labels, noise, 1.0, settings)
+    assert torch.equal(torch.cat(drawn[1:]), drawn[0])
+
+
+def test_training_in_micro_batches_goes_the_same_way():
+    paths = []
+    for micro in (None, 1):
+        settings = TrainingSettings(**SGD, micro_batch_size=micro, schedule=STEP)
+        paths.append(path(settings)[0])
+    assert paths[0] == pytest.approx(paths[1])

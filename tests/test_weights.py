@@ -185,7 +185,7 @@ def test_the_base_says_where_it_started_and_scratch_does_not_start_there(values,
     experiment, folder = parse_experiment(values, "x"), tmp_path / "base"
     pretrain(experiment, folder)
     report = read_json(folder / "training.json")
-    assert report["initial_weights"] == {str(weights): sha256_file(weights)}
+    assert report["initial_weights"] == {"source": str(weights), "sha256": sha256_file(weights)}
     assert read_json(folder / "classifier.json")["backbone"]["weights"] is None
     stored = load_file(weights)["blocks.0.attn.qkv.weight"]
     trained = load_file(folder / "model.safetensors")["network.blocks.0.attn.qkv.weight"]

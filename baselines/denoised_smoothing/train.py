@@ -50,15 +50,20 @@ def in_turn(losses: list[BatchLoss], steps: int) -> BatchLoss:
     return loss
 
 
+def new_denoiser(settings: DenoiserSettings, channels: int) -> tuple[nn.Module, Component]:
+    """A denoiser with random weights, and what builds it."""
+    kind = ARCHITECTURES[settings.architecture]
+    arguments: dict[str, Any] = {"channels": channels, **settings.shape}
+    component = Component(factory=f"{kind.__module__}:{kind.__qualname__}", arguments=arguments)
+    return kind(**arguments), component
+
+
 def build_denoiser(job: BaselineJob, settings: DenoiserSettings) -> tuple[nn.Module, Component]:
     """A new denoiser, or the one of another method to be trained on."""
     found, component = load_denoiser(job.experiment, job.method, job.sigma, job.seed, job.denoiser)
     if found is not None and component is not None:
         return found, component
-    kind = ARCHITECTURES[settings.architecture]
-    arguments: dict[str, Any] = {"channels": job.data.shape[0], **settings.shape}
-    component = Component(factory=f"{kind.__module__}:{kind.__qualname__}", arguments=arguments)
-    return kind(**arguments), component
+    return new_denoiser(settings, job.data.shape[0])
 
 
 def fit_denoiser(

@@ -116,6 +116,13 @@ def _certificate(tally: Tally, verdict: Verdict, clean_predict: int) -> Certific
     )
 
 
+def needs_pilot(protocol: Protocol) -> bool:
+    """Whether draws that prove nothing come first, to choose a class or a number of draws."""
+    if protocol.mode == "predict":
+        return False
+    return protocol.candidate == "pilot" or protocol.mode == "radius"
+
+
 class _Run:
     """Draws for a pool of images, in rounds of at most `ROUND_BATCHES` batches."""
 
@@ -130,12 +137,7 @@ class _Run:
         self.classifier, self.images, self.protocol = classifier, images, protocol
         self.classes, self.journal = classes, journal
         self.rule: Rule = rule_of(protocol)
-        self.pilot = protocol.n0 if self._needs_pilot() else 0
-
-    def _needs_pilot(self) -> bool:
-        if self.protocol.mode == "predict":
-            return False
-        return self.protocol.candidate == "pilot" or self.protocol.mode == "radius"
+        self.pilot = protocol.n0 if needs_pilot(protocol) else 0
 
     def open(self, idx: int, label: int, position: int) -> Tally:
         """A tally with the votes that the journal kept."""
