@@ -35,6 +35,11 @@ rule tables:
         pooled=report(
             f"{TABLES}/pooled.csv", category="Tables", caption="../report/pooled.rst"
         ),
+        per_class=report(
+            f"{TABLES}/per_class.csv",
+            category="Tables",
+            caption="../report/per_class.rst",
+        ),
         paired=report(
             f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
         ),
