@@ -19,6 +19,16 @@ rule figures:
             category="Figures",
             caption="../report/compute.rst",
         ),
+        base=report(
+            multiext(f"{FIGURES}/base_and_smoothed", ".svg", ".png"),
+            category="Figures",
+            caption="../report/base_and_smoothed.rst",
+        ),
+        classes=report(
+            multiext(f"{FIGURES}/per_class", ".svg", ".png"),
+            category="Figures",
+            caption="../report/per_class_figure.rst",
+        ),
         resolution=(
             report(
                 multiext(f"{FIGURES}/noise_resolution", ".svg", ".png"),
