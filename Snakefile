@@ -38,4 +38,5 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+        rules.overview.output,
         rules.compare_published.output if REPRODUCES else [],

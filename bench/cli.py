@@ -258,6 +258,19 @@ def claims(
 
 
 @app.command()
+def overview(
+    experiment: ExperimentFile,
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    output: Output,
+    claims: Annotated[Path | None, typer.Option(help="CSV that `bench claims` wrote.")] = None,
+) -> None:
+    """Write the front page of the report: claims, leaderboard, protocol, machine (RST)."""
+    from bench.overview import write_overview
+
+    write_overview(load_experiment(experiment), tables, claims, output)
+
+
+@app.command()
 def compare(a: Path, b: Path) -> None:
     """Tell whether two result folders agree within their joint 95 % intervals."""
     from bench.compare import agree, compare_results

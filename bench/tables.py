@@ -120,9 +120,7 @@ def leaderboard_radii(sigma: float) -> list[float]:
     return [step * sigma / 2 for step in range(LEADERBOARD_STEPS)]
 
 
-def _per_class(
-    experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
-) -> pd.DataFrame:
+def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame) -> pd.DataFrame:
     """Certified accuracy over the images of each true class, at the radii of the leaderboard."""
     radii = leaderboard_radii(protocol["sigma"])
     named = _named(experiment, protocol)

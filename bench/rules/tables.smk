@@ -3,6 +3,8 @@ POINTS = [
     for method, sigma, seed in EXPERIMENT.points()
 ]
 TABLES = f"{RESULTS}/tables"
+# bench/report/workflow.rst, the front page, includes it.
+OVERVIEW = f"{RESULTS}/overview.rst"
 
 
 rule tables:
@@ -115,7 +117,7 @@ rule claims:
         ),
     output:
         verdicts=report(
-            "results/claims/claims.csv",
+            CLAIMS,
             category="Claims",
             caption="../report/claims.rst",
         ),
@@ -127,3 +129,26 @@ rule claims:
     shell:
         "python -m bench claims --claims {input.claims} --results results"
         " --results results/reference --output {output.verdicts} 2>&1 | tee {log}"
+
+
+rule overview:
+    input:
+        tables=rules.tables.output,
+        claims=judged_claims,
+        code=code_of("bench/overview.py"),
+    output:
+        OVERVIEW,
+    log:
+        f"{RESULTS}/logs/overview.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/overview.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        settings=EXPERIMENT.certification.model_dump(),
+        tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
+        claims=lambda wildcards, input: (
+            f"--claims {input.claims}" if input.claims else ""
+        ),
+    shell:
+        "python -m bench overview --experiment {params.experiment} --tables {params.tables}"
+        " {params.claims} --output {output} > {log} 2>&1"
