@@ -228,6 +228,20 @@ def figures(
 
 
 @app.command()
+def examples(
+    experiment: ExperimentFile,
+    log: Annotated[list[Path], typer.Option(help="Certification log of one seed; repeat.")],
+    model: Annotated[list[Path], typer.Option(help="Model folder; repeat.")],
+    table: Annotated[Path, typer.Option(help="CSV of the answers.")],
+    figure: Annotated[Path, typer.Option(help="The figure, without an ending.")],
+) -> None:
+    """Show a few images with noise and denoised, and what every method says of them."""
+    from bench.examples import build_examples
+
+    build_examples(load_experiment(experiment), log, model, table, figure)
+
+
+@app.command()
 def published(
     experiment: ExperimentFile,
     accuracy: Annotated[Path, typer.Option(help="Our certified_accuracy.csv.")],

@@ -89,19 +89,19 @@ def draw_figures(
     summary, per_class = _read(tables / "summary.csv"), _read(tables / "per_class.csv")
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
-        _save(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
+        save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
         points = _at_radius(accuracy, cost, experiment.figures.radius)
         parameters = "trained parameters, head included"
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
-        _save(figure, folder / "accuracy_vs_parameters")
+        save_figure(figure, folder / "accuracy_vs_parameters")
         points["own_and_base"] = points["training_flops"] + points["base_training_flops"]
         flops = "training FLOPs\n(hollow: with the base's pretraining)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
-        _save(figure, folder / "accuracy_vs_compute")
-        _save(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")
-        _save(_classes(experiment, per_class, look), folder / "per_class")
+        save_figure(figure, folder / "accuracy_vs_compute")
+        save_figure(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")
+        save_figure(_classes(experiment, per_class, look), folder / "per_class")
         if len(experiment.noise_resolutions) > 1:
-            _save(_conventions(experiment, accuracy, look), folder / "noise_resolution")
+            save_figure(_conventions(experiment, accuracy, look), folder / "noise_resolution")
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -275,7 +275,8 @@ def _join_families(axis: Axes, points: pd.DataFrame, look: Look) -> None:
         axis.plot(members["x"], 100 * members["value"], color=colour, linewidth=1, zorder=1)
 
 
-def _save(figure: Figure, stem: Path) -> None:
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write STEM.svg, without a date, and STEM.png; close the figure."""
     for kind, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
         with atomic_write(stem.with_suffix(f".{kind}")) as temporary:
             figure.savefig(temporary, format=kind, **extra)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     beside = pd.read_csv(done / "results/smoke/tables/published.csv")
     assert set(beside["method"]) == {"gaussian_retraining"}
     figures = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
-    for name in (*figures, "base_and_smoothed", "per_class"):
+    for name in (*figures, "base_and_smoothed", "per_class", "examples"):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
     assert not pickles

@@ -1,3 +1,6 @@
+FIRST = [point for point in POINTS if point["seed"] == EXPERIMENT.seeds[0]]
+
+
 rule figures:
     input:
         tables=rules.tables.output,
@@ -51,3 +54,39 @@ rule figures:
     shell:
         "python -m bench figures --experiment {params.experiment} --tables {params.tables}"
         " {params.published} --output {params.folder} > {log} 2>&1"
+
+
+rule examples:
+    input:
+        logs=[f"{CERTIFICATES}.tsv".format(**point) for point in FIRST],
+        models=list(
+            dict.fromkeys(model_file("classifier.json", **point) for point in FIRST)
+        ),
+        data=DATA,
+        code=code_of("bench/examples.py", "bench/figures.py"),
+    output:
+        table=report(
+            f"{TABLES}/examples.csv",
+            category="Tables",
+            caption="../report/examples_table.rst",
+        ),
+        figure=report(
+            multiext(f"{FIGURES}/examples", ".svg", ".png"),
+            category="Figures",
+            caption="../report/examples.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/examples.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/examples.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        models=lambda wildcards, input: [
+            f"--model {os.path.dirname(path)}" for path in input.models
+        ],
+        stem=lambda wildcards, output: os.path.splitext(output.figure[0])[0],
+    shell:
+        "python -m bench examples --experiment {params.experiment} {params.logs}"
+        " {params.models} --table {output.table} --figure {params.stem} > {log} 2>&1"
