@@ -203,6 +203,17 @@ def accounting(output: Output) -> None:
 
 
 @app.command()
+def calibration(
+    table: Annotated[Path, typer.Option(help="CSV of the study.")],
+    figure: Annotated[Path, typer.Option(help="The figure, without an ending.")],
+) -> None:
+    """Set certified radii beside the exact ones of a half-space, by mode and draws."""
+    from bench.calibration import build_calibration
+
+    build_calibration(table, figure)
+
+
+@app.command()
 def resolution(
     native: Annotated[int, typer.Option(help="Side of the data's images, in pixels.")],
     size: Annotated[int, typer.Option(help="Side that they are resized to, in pixels.")],

@@ -90,3 +90,27 @@ rule examples:
     shell:
         "python -m bench examples --experiment {params.experiment} {params.logs}"
         " {params.models} --table {output.table} --figure {params.stem} > {log} 2>&1"
+
+
+rule calibration:
+    input:
+        code=[*CERTIFY_CODE, *code_of("bench/calibration.py", "bench/figures.py")],
+    output:
+        table=report(
+            "results/calibration/calibration.csv",
+            category="Tables",
+            caption="../report/calibration.rst",
+        ),
+        figure=report(
+            multiext("figures/calibration/calibration", ".svg", ".png"),
+            category="Figures",
+            caption="../report/calibration.rst",
+        ),
+    log:
+        "results/calibration/calibration.log",
+    benchmark:
+        "results/calibration/calibration.tsv"
+    params:
+        stem=lambda wildcards, output: os.path.splitext(output.figure[0])[0],
+    shell:
+        "python -m bench calibration --table {output.table} --figure {params.stem} > {log} 2>&1"
