@@ -286,13 +286,14 @@ def claims(
 def overview(
     experiment: ExperimentFile,
     tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    log: Annotated[list[Path], typer.Option(help="Certification log; repeat.")],
     output: Output,
     claims: Annotated[Path | None, typer.Option(help="CSV that `bench claims` wrote.")] = None,
 ) -> None:
     """Write the front page of the report: claims, leaderboard, protocol, machine (RST)."""
     from bench.overview import write_overview
 
-    write_overview(load_experiment(experiment), tables, claims, output)
+    write_overview(load_experiment(experiment), tables, log, claims, output)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from bench.claims import VERDICTS
 from bench.config import Experiment
 from bench.errors import BenchError
 from bench.files import atomic_write
+from bench.smoothing.log import read_protocol
 
 CLAIMS = """
 `paper` readings are of the paper's own experiments, `transferred` ones of like claims on
@@ -23,17 +24,20 @@ all of them with their 95 % intervals, paired.csv_ says which differences are ce
 """
 
 
-def write_overview(experiment: Experiment, tables: Path, claims: Path | None, output: Path) -> None:
+def write_overview(
+    experiment: Experiment, tables: Path, logs: list[Path], claims: Path | None, output: Path
+) -> None:
     """Write the page as reStructuredText, which `bench/report/workflow.rst` includes.
 
     Args:
         experiment: what was run.
         tables: folder of its tables.
+        logs: its certification logs.
         claims: claims.csv, if claims were judged.
         output: the page.
 
     Raises:
-        BenchError: a table is missing.
+        BenchError: a table or the JSON of a log is missing.
     """
     summary, board = tables / "summary.csv", tables / "leaderboard.md"
     for path in (summary, board):
@@ -46,7 +50,7 @@ def write_overview(experiment: Experiment, tables: Path, claims: Path | None, ou
         *_section("Protocol"),
         *_table(("", ""), _protocol(experiment)),
         *_section("Provenance"),
-        *_table(("", ""), _provenance(pd.read_csv(summary))),
+        *_table(("", ""), _provenance(pd.read_csv(summary), logs)),
     ]
     with atomic_write(output) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
@@ -111,14 +115,25 @@ def _protocol(experiment: Experiment) -> list[tuple[str, object]]:
     ]
 
 
-def _provenance(summary: pd.DataFrame) -> list[tuple[str, object]]:
-    """What the tables say about the code and machine that certified."""
+def _provenance(summary: pd.DataFrame, logs: list[Path]) -> list[tuple[str, object]]:
+    """What the certifications say about their code, data and machine; each value once."""
     changed = summary["git_dirty"].astype(bool)
     revisions = summary["git_revision"] + changed.map({True: " with local changes", False: ""})
+    sidecars = [read_protocol(path) for path in logs]
     seconds = summary["certification_seconds"].sum()
+    versions = [
+        ", ".join(f"{name} {version}" for name, version in sidecar["versions"].items())
+        for sidecar in sidecars
+    ]
     return [
-        ("machine", "; ".join(summary["machine"].unique())),
-        ("revision", "; ".join(revisions.unique())),
-        ("precision", "; ".join(summary["precision"].unique())),
+        ("machine", _distinct(summary["machine"])),
+        ("revision", _distinct(revisions)),
+        ("precision", _distinct(summary["precision"])),
+        ("versions", _distinct(versions)),
+        ("sha256 of the data", _distinct(sidecar["data_sha256"] for sidecar in sidecars)),
         ("seconds of certification", f"{seconds:.0f}"),
     ]
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(values))

@@ -1,5 +1,6 @@
 """The report's front page, rendered from tables whose content is known."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -38,13 +39,16 @@ def tables(tmp_path: Path) -> Path:
     row = {"machine": "a CPU", "git_revision": "abc", "precision": "float32"}
     rows = [row | {"git_dirty": dirty, "certification_seconds": 20} for dirty in (False, True)]
     pd.DataFrame(rows).to_csv(tmp_path / "summary.csv", index=False)
+    for name, version in (("a", "2.0"), ("b", "2.1"), ("c", "2.1")):
+        sidecar = {"versions": {"torch": version, "timm": "1.0"}, "data_sha256": "cafe"}
+        (tmp_path / f"{name}.json").write_text(json.dumps(sidecar))
     return tmp_path
 
 
 def cells(experiment: Experiment, tables: Path, claims: Path | None) -> list[list[str]]:
     """Every row of every table of the rendered page."""
-    page = tables / "overview.rst"
-    write_overview(experiment, tables, claims, page)
+    page, logs = tables / "overview.rst", [tables / f"{name}.tsv" for name in "abc"]
+    write_overview(experiment, tables, logs, claims, page)
     # Whatever it cannot render stops it.
     tree = publish_doctree(page.read_text() + LINKS, settings_overrides={"halt_level": 2})
     return [[cell.astext() for cell in row] for row in tree.findall(nodes.row)]
@@ -57,6 +61,8 @@ def test_tables_and_settings_reach_the_page(smoke: Experiment, tables: Path) -> 
     assert ["estimation draws n, at most", str(settings.n)] in rows
     assert ["test images", str(settings.test_images)] in rows
     assert ["revision", "abc; abc with local changes"] in rows
+    assert ["versions", "torch 2.0, timm 1.0; torch 2.1, timm 1.0"] in rows
+    assert ["sha256 of the data", "cafe"] in rows
     assert ["seconds of certification", "40"] in rows
 
 
@@ -74,4 +80,4 @@ def test_claims_come_first_and_only_once_judged(smoke: Experiment, tables: Path)
 def test_a_missing_table_is_named(smoke: Experiment, tables: Path, name: str) -> None:
     (tables / name).unlink()
     with pytest.raises(BenchError, match=rf"{name} is missing"):
-        write_overview(smoke, tables, None, tables / "overview.rst")
+        write_overview(smoke, tables, [], None, tables / "overview.rst")

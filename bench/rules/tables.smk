@@ -134,6 +134,7 @@ rule claims:
 rule overview:
     input:
         tables=rules.tables.output,
+        logs=rules.tables.input.logs,
         claims=judged_claims,
         code=code_of("bench/overview.py"),
     output:
@@ -146,9 +147,10 @@ rule overview:
         experiment=EXPERIMENT_FILE,
         settings=EXPERIMENT.certification.model_dump(),
         tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
         claims=lambda wildcards, input: (
             f"--claims {input.claims}" if input.claims else ""
         ),
     shell:
         "python -m bench overview --experiment {params.experiment} --tables {params.tables}"
-        " {params.claims} --output {output} > {log} 2>&1"
+        " {params.logs} {params.claims} --output {output} > {log} 2>&1"
