@@ -11,9 +11,9 @@ from bench.smoothing import rules
 from bench.smoothing.bounds import radius_cap
 
 
-def study(folder: Path) -> pd.DataFrame:
+def study(folder: Path, draws: tuple[int, ...] = (100, 1000)) -> pd.DataFrame:
     """A small study."""
-    return build_calibration(folder / "study.csv", folder / "figure", (100, 1000), 25)
+    return build_calibration(folder / "study.csv", folder / "figure", draws, 25)
 
 
 @pytest.fixture(scope="module")
@@ -62,5 +62,5 @@ def test_the_study_is_written_and_drawn_the_same_again(
 
 def test_a_bound_that_is_no_bound_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(rules, "p_a_lower", lambda n_a, n, alpha: n_a / (n + 1))
-    hits, certificates = excesses(study(tmp_path), "cohen")
+    hits, certificates = excesses(study(tmp_path, (100,)), "cohen")
     assert hits > binom.isf(1e-4, certificates, 0.05)
