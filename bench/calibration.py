@@ -147,6 +147,6 @@ def _draw_exceeding(axis: Axes, study: pd.DataFrame) -> None:
         axis.errorbar(own["n"] * (0.93 + 0.14 * place), own["share"], error, fmt="o", label=mode)
     axis.axhline(alpha, color="0.4", linewidth=0.8, label="alpha", zorder=0)
     axis.set(xscale="log", xlabel="n", ylabel="share of certificates above the exact radius")
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, 2.5 * alpha)
     axis.set_title(f"alpha = {alpha:g}", fontsize=11)
     axis.legend(fontsize=8)
