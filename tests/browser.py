@@ -85,7 +85,7 @@ def visit(report: str, folder: Path) -> dict[str, Any]:
     page = folder / "watched.html"
     page.write_text(report.replace("<head>", "<head>" + WATCH, 1) + VISIT)
     command = [chromium, *FLAGS, f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True)
     found = re.search(r'<pre id="seen">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr
     seen: dict[str, Any] = json.loads(html.unescape(found[1]))

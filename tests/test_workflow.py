@@ -129,7 +129,7 @@ def test_the_report_opens_in_a_browser_without_a_network(report, done, tmp_path)
 
 
 def test_the_browser_notices_what_is_wrong_with_a_report(report, tmp_path):
-    start = report.index("data:image/png;base64,", report.index("var results"))
+    start = report.index("data:image/png", report.index("var results"))
     wrong = report[:start] + "data:image/png;base64,AAAA" + report[report.index('"', start) :]
     wrong += "<img src='http://example.invalid/x.png'><script>nonsense()</script>"
     seen = visit(wrong, tmp_path)
