@@ -7,7 +7,7 @@ READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
 
-.PHONY: reproduce tune figures report test benchmark lint lock
+.PHONY: reproduce tune figures report leaderboard test benchmark lint lock
 
 reproduce: $(READY)
 	$(SNAKEMAKE) --cores all
@@ -19,9 +19,17 @@ tune: $(READY)
 figures: $(READY)
 	$(SNAKEMAKE) --cores all --until figures
 
-# Needs finished results: snakemake reports on what is there.
+# Needs finished results: claims are judged on what is there, and snakemake reports on it.
 report: $(READY)
+	$(SNAKEMAKE) --cores 1 --allowed-rules claims -- claims
+	$(SNAKEMAKE) --cores 1 --allowed-rules claims overview -- overview
 	$(SNAKEMAKE) --cores 1 --report results/$(NAME)/report.html
+
+# The leaderboard in README.md, between its two markers, from the reference run.
+leaderboard:
+	@grep -q '^<!-- leaderboard -->$$' README.md || { echo "README.md lacks the two markers"; exit 1; }
+	sed -i -e '/^<!-- leaderboard -->$$/,/^<!-- end of leaderboard -->$$/{//!d}' \
+		-e '/^<!-- leaderboard -->$$/r results/reference/quick/tables/leaderboard.md' README.md
 
 test: lint
 	$(RUN) pytest

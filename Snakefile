@@ -38,4 +38,6 @@ rule all:
     input:
         rules.tables.output,
         rules.figures.output,
+        rules.examples.output,
+        rules.overview.output,
         rules.compare_published.output if REPRODUCES else [],

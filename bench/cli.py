@@ -237,6 +237,17 @@ def accounting(output: Output) -> None:
 
 
 @app.command()
+def calibration(
+    table: Annotated[Path, typer.Option(help="CSV of the study.")],
+    figure: Annotated[Path, typer.Option(help="The figure, without an ending.")],
+) -> None:
+    """Set certified radii beside the exact ones of a half-space, by mode and draws."""
+    from bench.calibration import build_calibration
+
+    build_calibration(table, figure)
+
+
+@app.command()
 def resolution(
     native: Annotated[int, typer.Option(help="Side of the data's images, in pixels.")],
     size: Annotated[int, typer.Option(help="Side that they are resized to, in pixels.")],
@@ -259,6 +270,20 @@ def figures(
     from bench.figures import draw_figures
 
     draw_figures(load_experiment(experiment), tables, published, output)
+
+
+@app.command()
+def examples(
+    experiment: ExperimentFile,
+    log: Annotated[list[Path], typer.Option(help="Certification log of one seed; repeat.")],
+    model: Annotated[list[Path], typer.Option(help="Model folder; repeat.")],
+    table: Annotated[Path, typer.Option(help="CSV of the answers.")],
+    figure: Annotated[Path, typer.Option(help="The figure, without an ending.")],
+) -> None:
+    """Show a few images with noise and denoised, and what every method says of them."""
+    from bench.examples import build_examples
+
+    build_examples(load_experiment(experiment), log, model, table, figure)
 
 
 @app.command()
@@ -289,6 +314,20 @@ def claims(
 
     counts = build_claims(claims, results, output)["verdict"].value_counts()
     typer.echo(", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS))
+
+
+@app.command()
+def overview(
+    experiment: ExperimentFile,
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    log: Annotated[list[Path], typer.Option(help="Certification log; repeat.")],
+    output: Output,
+    claims: Annotated[Path | None, typer.Option(help="CSV that `bench claims` wrote.")] = None,
+) -> None:
+    """Write the front page of the report: claims, leaderboard, protocol, machine (RST)."""
+    from bench.overview import write_overview
+
+    write_overview(load_experiment(experiment), tables, log, claims, output)
 
 
 @app.command()

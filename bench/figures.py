@@ -1,5 +1,6 @@
 """Comparison figures, drawn from the tables alone."""
 
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from bench.config import Experiment
 from bench.errors import BenchError
@@ -28,6 +31,7 @@ STYLE: dict[Any, Any] = {
 HUES = ["Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
+MOST_LABELS = 20
 PUBLISHED_LABEL = "published (other networks, N = 100,000)"
 
 
@@ -74,7 +78,7 @@ class Look:
 def draw_figures(
     experiment: Experiment, tables: Path, published: Path | None, folder: Path
 ) -> None:
-    """Draw curves, accuracy against parameters and against training compute, as SVG and PNG.
+    """Draw every comparison as SVG and PNG; noise_resolution where methods differ in it.
 
     Raises:
         BenchError: a table is missing.
@@ -82,19 +86,22 @@ def draw_figures(
     accuracy = _read(tables / "certified_accuracy.csv")
     cost = _read(tables / "cost.csv")
     reported = pd.DataFrame() if published is None else _read(published)
+    summary, per_class = _read(tables / "summary.csv"), _read(tables / "per_class.csv")
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
-        _save(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
+        save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
         points = _at_radius(accuracy, cost, experiment.figures.radius)
         parameters = "trained parameters, head included"
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
-        _save(figure, folder / "accuracy_vs_parameters")
+        save_figure(figure, folder / "accuracy_vs_parameters")
         points["own_and_base"] = points["training_flops"] + points["base_training_flops"]
         flops = "training FLOPs\n(hollow: with the base's pretraining)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
-        _save(figure, folder / "accuracy_vs_compute")
+        save_figure(figure, folder / "accuracy_vs_compute")
+        save_figure(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")
+        save_figure(_classes(experiment, per_class, look), folder / "per_class")
         if len(experiment.noise_resolutions) > 1:
-            _save(_conventions(experiment, accuracy, look), folder / "noise_resolution")
+            save_figure(_conventions(experiment, accuracy, look), folder / "noise_resolution")
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -106,7 +113,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _panels(
-    experiment: Experiment, legend: list[Line2D], rows: int = 1
+    experiment: Experiment, legend: Sequence[Artist], rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
     """Panels with a column per sigma, row by row."""
     count = len(experiment.sigmas)
@@ -167,6 +174,60 @@ def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> 
     return figure
 
 
+def _base_and_smoothed(experiment: Experiment, summary: pd.DataFrame, look: Look) -> Figure:
+    """What smoothing answers, as bars, behind what the base classifier gets right."""
+    legend = [
+        Patch(facecolor="0.4", label="smoothed: right"),
+        Patch(facecolor="0.9", label="smoothed: abstains"),
+        Patch(facecolor="none", edgecolor="0.8", label="smoothed: wrong"),
+        Line2D([], [], color="k", marker="D", ls="none", fillstyle="none", label="base, clean"),
+        Line2D([], [], color="k", marker="|", ls="none", ms=12, mew=2, label="base, noisy"),
+    ]
+    figure, axes = _panels(experiment, legend)
+    names = list(look.colour)
+    columns = ["smoothed_accuracy", "abstention", "clean_accuracy", "noisy_accuracy"]
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        part = summary[np.isclose(summary["sigma"], sigma)]
+        shares = 100 * part.groupby("method")[columns].mean().reindex(names)
+        right = shares["smoothed_accuracy"]
+        axis.barh(names, right, color=[*look.colour.values()], height=0.7)
+        axis.barh(names, shares["abstention"], left=right, color="0.9", height=0.7)
+        axis.barh(names, 100, facecolor="none", edgecolor="0.8", height=0.7, linewidth=0.5)
+        axis.plot(shares["clean_accuracy"], names, "kD", fillstyle="none", markersize=5)
+        axis.plot(shares["noisy_accuracy"], names, "k|", markersize=12, markeredgewidth=2)
+        axis.set(xlabel="test images (%)", xlim=(0, 100), axisbelow=True)
+        axis.set_yticks(range(len(names)), [look.label[name] for name in names])
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _classes(experiment: Experiment, per_class: pd.DataFrame, look: Look) -> Figure:
+    """Heat-maps of certified accuracy, methods by classes, at radii 0 (above) and sigma."""
+    count, names = len(experiment.sigmas), list(look.colour)
+    width = min(0.32 * per_class["class"].nunique(), 6)
+    size = (width * count + 3.5, 0.5 * len(names) + 1.8)
+    figure, axes = plt.subplots(
+        2, count, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for row, multiple in zip(axes, (0, 1), strict=True):
+        for axis, sigma in zip(row, experiment.sigmas, strict=True):
+            at = per_class[
+                np.isclose(per_class["sigma"], sigma)
+                & np.isclose(per_class["radius"], multiple * sigma)
+            ]
+            means = 100 * at.pivot_table(index="method", columns="class", values="value")
+            grid = means.reindex(names).rename(index=look.label)
+            picture = axis.imshow(grid, vmin=0, vmax=100, aspect="auto")
+            axis.set_title(f"σ = {sigma:g}, r = {multiple * sigma:g}", fontsize=11)
+            # Labels of 1000 classes would be a smear.
+            shown = slice(None, None, -(-grid.shape[1] // MOST_LABELS))
+            axis.set_xticks(np.arange(grid.shape[1])[shown], grid.columns[shown])
+            axis.set_yticks(range(len(names)), grid.index)
+    figure.supxlabel("true class", fontsize=10)
+    figure.colorbar(picture, ax=axes, label="certified accuracy (%)")
+    return figure
+
+
 def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame, radius: float) -> pd.DataFrame:
     """Certified accuracy at the grid radius nearest `radius`, joined with the costs."""
     nearest = (accuracy["radius"] - radius).abs()
@@ -214,7 +275,8 @@ def _join_families(axis: Axes, points: pd.DataFrame, look: Look) -> None:
         axis.plot(members["x"], 100 * members["value"], color=colour, linewidth=1, zorder=1)
 
 
-def _save(figure: Figure, stem: Path) -> None:
+def save_figure(figure: Figure, stem: Path) -> None:
+    """Write STEM.svg, without a date, and STEM.png; close the figure."""
     for kind, extra in (("svg", {"metadata": {"Date": None}}), ("png", {"dpi": 150})):
         with atomic_write(stem.with_suffix(f".{kind}")) as temporary:
             figure.savefig(temporary, format=kind, **extra)  # type: ignore[arg-type]

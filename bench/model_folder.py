@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, JsonValue, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
@@ -166,19 +167,60 @@ def load_classifier(folder: Path) -> Classifier:
         BenchError: a file is missing, was changed or does not fit.
     """
     spec = read_spec(folder)
-    weights = folder / "model.safetensors"
-    if not weights.exists():
-        raise BenchError(f"{weights} is missing: rerun the training that writes {folder}")
-    if sha256_file(weights) != spec.weights_sha256:
-        raise BenchError(f"{weights} was changed or cut off: delete {folder} and train again")
+    weights = _weights(folder, spec)
     classifier = _build(spec)
-    if spec.denoiser is not None:
-        classifier.denoiser = build_component(spec.denoiser.factory, spec.denoiser.arguments)
+    classifier.denoiser = _front(spec)
     try:
-        classifier.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise BenchError(f"{weights} does not fit {folder}/classifier.json ({error})") from None
+        classifier.load_state_dict(weights)
+    except RuntimeError as error:
+        raise _unfit(folder, error) from None
     return classifier.eval()
+
+
+def load_front(folder: Path) -> nn.Module | None:
+    """What stands in front of the classifier of a model folder, without the classifier itself.
+
+    In evaluation mode; None where nothing does.
+
+    Raises:
+        BenchError: a file is missing, was changed or does not fit.
+    """
+    spec = read_spec(folder)
+    front = _front(spec)
+    if front is None:
+        return None
+    prefix = "denoiser."
+    weights = _weights(folder, spec)
+    own = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    try:
+        front.load_state_dict(own)
+    except RuntimeError as error:
+        raise _unfit(folder, error) from None
+    return front.eval()
+
+
+def _weights(folder: Path, spec: ClassifierSpec) -> dict[str, torch.Tensor]:
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise BenchError(f"{path} is missing: rerun the training that writes {folder}")
+    if sha256_file(path) != spec.weights_sha256:
+        raise BenchError(f"{path} was changed or cut off: delete {folder} and train again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise _unfit(folder, error) from None
+
+
+def _unfit(folder: Path, error: Exception) -> BenchError:
+    return BenchError(
+        f"{folder}/model.safetensors does not fit classifier.json beside it ({error})"
+    )
+
+
+def _front(spec: ClassifierSpec) -> nn.Module | None:
+    if spec.denoiser is None:
+        return None
+    return build_component(spec.denoiser.factory, spec.denoiser.arguments)
 
 
 def _build(spec: ClassifierSpec) -> Classifier:

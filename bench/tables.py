@@ -28,7 +28,7 @@ Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
 def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
-    """Write certified_accuracy and its kin, summary, paired and cost as CSV, and leaderboard.md.
+    """Write certified_accuracy and its kin, summary, per_class, paired and cost, leaderboard.md.
 
     Raises:
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
@@ -46,6 +46,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         "envelope": envelope(curves),
         "pooled": pooled(curves),
         "summary": summary,
+        "per_class": pd.concat([_per_class(experiment, p, log) for p, log in read]),
         "paired": _paired(read),
         "cost": cost,
     }
@@ -102,8 +103,8 @@ def _curve(
     """Certified accuracy on one grid for all methods of a sigma."""
     sigma = protocol["sigma"]
     highest = max(frame["radius"].max() for p, frame in everything if p["sigma"] == sigma)
-    shown = (LEADERBOARD_STEPS - 1) * sigma / 2
-    steps = int(np.ceil(max(highest, shown) / experiment.radius_step))
+    shown = max(highest, *leaderboard_radii(sigma))
+    steps = int(np.ceil(shown / experiment.radius_step))
     curve = certified_accuracy(
         log, radius_grid(experiment.radius_step, steps * experiment.radius_step)
     )
@@ -115,6 +116,24 @@ def _curve(
     return ordered.assign(noise_resolution=resolution, native_radius=native_radius)
 
 
+def leaderboard_radii(sigma: float) -> list[float]:
+    """0, sigma / 2, sigma and 3 sigma / 2: where methods are set against each other."""
+    return [step * sigma / 2 for step in range(LEADERBOARD_STEPS)]
+
+
+def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame) -> pd.DataFrame:
+    """Certified accuracy over the images of each true class, at the radii of the leaderboard."""
+    radii = leaderboard_radii(protocol["sigma"])
+    named = _named(experiment, protocol)
+    parts = [
+        certified_accuracy(part, radii).assign(**named, **{"class": label})
+        for label, part in log.groupby("label")
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    columns = [*named, "class"]
+    return table[[*columns, *table.columns.drop(columns)]]
+
+
 def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:
     """Every pair of methods on the same images, at the radii of the leaderboard."""
     groups: dict[tuple[float, int], dict[str, pd.DataFrame]] = {}
@@ -123,8 +142,7 @@ def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFra
         group[protocol["method"]] = log
     tables = []
     for (sigma, seed), logs in sorted(groups.items()):
-        radii = [step * sigma / 2 for step in range(LEADERBOARD_STEPS)]
-        tables.append(paired_tests(logs, radii).assign(sigma=sigma, seed=seed))
+        tables.append(paired_tests(logs, leaderboard_radii(sigma)).assign(sigma=sigma, seed=seed))
     table = pd.concat(tables, ignore_index=True)
     return table[[*PAIR, *table.columns.drop(PAIR)]]
 
@@ -218,8 +236,8 @@ def leaderboard(curves: pd.DataFrame) -> str:
     columns = {}
     for sigma, part in first.groupby("sigma"):
         grid = np.sort(part["radius"].unique())
-        for step in range(LEADERBOARD_STEPS):
-            radius = grid[np.abs(grid - step * float(sigma) / 2).argmin()]
+        for wanted in leaderboard_radii(float(sigma)):
+            radius = grid[np.abs(grid - wanted).argmin()]
             at = part[part["radius"] == radius].set_index("label")["value"]
             columns[f"σ={sigma:g}, r={radius:g}"] = (100 * at).map("{:.1f}".format)
     table = pd.DataFrame(columns).reindex(first["label"].unique())

@@ -1,5 +1,6 @@
 """Figures of a synthetic twelve-method experiment."""
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,8 @@ from bench.figures import (
     PUBLISHED_LABEL,
     Look,
     _at_radius,
+    _base_and_smoothed,
+    _classes,
     _conventions,
     _join_families,
     draw_figures,
@@ -23,7 +26,13 @@ from bench.statistics import accuracy_interval
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
 SIGMAS = [0.25, 0.5, 1.0]
-NAMES = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
+NAMES = (
+    "certified_accuracy",
+    "accuracy_vs_parameters",
+    "accuracy_vs_compute",
+    "base_and_smoothed",
+    "per_class",
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +46,7 @@ def experiment(smoke: Experiment) -> Experiment:
 def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> Path:
     """Made-up tables of that experiment."""
     folder = tmp_path_factory.mktemp("tables")
-    curves, costs = [], []
+    curves, costs, summary, classes = [], [], [], []
     for place, (name, method) in enumerate(experiment.methods.items()):
         for sigma in SIGMAS:
             named = {"method": name, "label": method.label, "family": method.family}
@@ -51,8 +60,15 @@ def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> 
             trained = 0 if place == 0 else 10 ** (2 + place % 5)
             flops = {"training_flops": trained * 10**7, "base_training_flops": 10**13}
             costs.append({**point, "trainable_parameters": trained, **flops})
+            right = {"smoothed_accuracy": hits[0] / 500, "abstention": 0.1}
+            summary.append({**point, **right, "clean_accuracy": 0.95, "noisy_accuracy": 0.5})
+            for label, multiple in itertools.product(range(10), (0, 0.5, 1, 1.5)):
+                cell = {"class": label, "radius": multiple * sigma, "value": label / 10}
+                classes.append({**point, **cell, "n_images": 9})
     pd.concat(curves).to_csv(folder / "certified_accuracy.csv", index=False)
     pd.DataFrame(costs).to_csv(folder / "cost.csv", index=False)
+    pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
+    pd.DataFrame(classes).to_csv(folder / "per_class.csv", index=False)
     return folder
 
 
@@ -148,11 +164,53 @@ def test_the_convention_is_drawn_where_an_experiment_has_both(
             assert native.get_xdata() == pytest.approx(shrunk * printed.get_xdata())
             assert (native.get_ydata() == printed.get_ydata()).all()
     plt.close(figure)
-    (tmp_path / "tables").mkdir()
+    shutil.copytree(tables, tmp_path / "tables")
     curves.to_csv(tmp_path / "tables/certified_accuracy.csv", index=False)
-    shutil.copy(tables / "cost.csv", tmp_path / "tables")
     draw_figures(both, tmp_path / "tables", None, tmp_path / "figures")
     assert (tmp_path / "figures/noise_resolution.svg").exists()
+
+
+def test_smoothed_answers_share_out_the_images(tables: Path, experiment: Experiment) -> None:
+    summary = pd.read_csv(tables / "summary.csv")
+    # No pilot, no noisy accuracy: the mark is missing and nothing else.
+    summary.loc[summary["method"] == "lora", "noisy_accuracy"] = np.nan
+    other = summary.assign(seed=1, smoothed_accuracy=summary["smoothed_accuracy"] - 0.1)
+    both = pd.concat([summary, other])
+    figure = _base_and_smoothed(experiment, both, Look(summary))
+    plt.close(figure)
+    for axis, sigma in zip(figure.axes, SIGMAS, strict=True):
+        right, abstained, _ = axis.containers
+        wanted = both[both["sigma"] == sigma].groupby("method")["smoothed_accuracy"].mean()
+        assert [bar.get_width() for bar in right] == pytest.approx(
+            [100 * wanted[name] for name in experiment.methods]
+        )
+        assert [bar.get_x() for bar in abstained] == [bar.get_width() for bar in right]
+        assert [bar.get_width() for bar in abstained] == pytest.approx([10] * len(right))
+        clean, noisy = axis.lines
+        assert clean.get_xdata() == pytest.approx([95] * len(right))
+        missing = np.isnan(noisy.get_xdata())
+        assert [name for name, gone in zip(experiment.methods, missing, strict=True) if gone] == [
+            "lora"
+        ]
+
+
+def test_classes_are_shown_at_radius_zero_and_sigma(tables: Path, experiment: Experiment) -> None:
+    table = pd.read_csv(tables / "per_class.csv")
+    far = np.isclose(table["radius"], table["sigma"])
+    table.loc[far & (table["method"] == "lora"), "value"] = 1.0
+    # A method without images of a class leaves its cell empty.
+    table = table[~((table["method"] == "head") & (table["class"] == 9))]
+    figure = _classes(experiment, table, Look(table))
+    plt.close(figure)
+    count, methods = len(SIGMAS), list(experiment.methods)
+    maps = [axis.images[0].get_array() for axis in figure.axes[:6]]
+    for place, grid in enumerate(maps):
+        rising = pytest.approx([*range(0, 100, 10)])
+        assert grid[methods.index("undefended")].tolist() == rising
+        lora = grid[methods.index("lora")].tolist()
+        assert lora == (rising if place < count else [100] * 10)
+        empty = np.ma.getmaskarray(grid)[methods.index("head")]
+        assert np.flatnonzero(empty).tolist() == [9]
 
 
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:

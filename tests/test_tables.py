@@ -138,6 +138,26 @@ def test_summary_numbers(tables: Path) -> None:
     assert (row["samples_per_image"], row["certification_seconds"]) == (110, 9.0)
 
 
+def test_classes_share_out_the_images(tmp_path: Path, results: Results) -> None:
+    log = results[1][0]  # lora at sigma 0.5: radii 0.4 and 1.1, an abstention, a wrong answer
+    frame = pd.read_csv(log, sep="\t")
+    frame.loc[frame["radius"] == 0.4, ["label", "predict"]] = 7
+    frame.to_csv(log, sep="\t", index=False)
+    build_tables(*results, tmp_path / "tables")
+    table = pd.read_csv(tmp_path / "tables/per_class.csv")
+    lora = table.query("method == 'lora' and sigma == 0.5")
+    assert lora["radius"].unique().tolist() == [0, 0.25, 0.5, 0.75]
+    values = lora.pivot(index="class", columns="radius", values="value")
+    assert values.loc[7].tolist() == [1, 1, 0, 0]
+    assert values.loc[1].tolist() == pytest.approx([1 / 3] * 4)
+    assert lora.groupby("class")["n_images"].first().to_dict() == {1: 3, 7: 1}
+    curve = pd.read_csv(tmp_path / "tables/certified_accuracy.csv").query(
+        "method == 'lora' and sigma == 0.5 and radius <= 0.75"
+    )
+    weighted = (lora["value"] * lora["n_images"]).groupby(lora["radius"]).sum() / 4
+    assert weighted.tolist() == pytest.approx(curve["value"].tolist())
+
+
 def test_pooling_one_seed_changes_nothing_and_says_so(tables: Path) -> None:
     curves = pd.read_csv(tables / "certified_accuracy.csv")
     frame = pd.read_csv(tables / "pooled.csv")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from browser import visit
 from PIL import Image
 
 from bench.compare import agree, compare_results
@@ -52,7 +53,8 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     assert cost.loc["diffusion_denoising", "inference_flops"] > cost.loc["lora", "inference_flops"]
     beside = pd.read_csv(done / "results/smoke/tables/published.csv")
     assert set(beside["method"]) == {"gaussian_retraining"}
-    for name in ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute"):
+    figures = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
+    for name in (*figures, "base_and_smoothed", "per_class", "examples"):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
     assert not pickles
@@ -94,11 +96,46 @@ def test_a_changed_setting_reruns_its_method_alone(done):
     assert "models/lora/" in trained.pop()
 
 
-def test_report_opens_without_a_network(done):
+@pytest.fixture(scope="module")
+def report(done: Path) -> str:
+    """The text of the smoke experiment's report."""
     snakemake(done, *SMOKE, "--report", "report.html")
-    text = (done / "report.html").read_text()
-    assert "Certified accuracy against l2 radius" in text
-    assert 'src="http' not in text
+    return (done / "report.html").read_text()
+
+
+def test_the_report_says_what_ran_and_what_came_out(report):
+    assert "System Message" not in report  # of docutils: a page that it could not render
+    description = report.split("var workflow_desc = ")[1].split("</script>")[0]
+    for words in ("Certified robustness: smoke", "fashion_mnist", "decide", "0.001 per image"):
+        assert words in description
+
+
+def test_the_report_opens_in_a_browser_without_a_network(report, done, tmp_path):
+    seen = visit(report, tmp_path)
+    assert seen["errors"] == []
+    assert seen["requests"] == []
+    assert seen["top"] >= 0  # the title can be reached
+    experiment = yaml.safe_load((done / "config/smoke.yaml").read_text())
+    for method in experiment["methods"].values():
+        assert method["label"] in seen["front"]
+    assert set(seen["categories"]) == {"Figures", "Tables"}
+    assert "results/smoke/tables/summary.csv" in seen["categories"]["Tables"]
+    for path, description in seen["descriptions"].items():
+        caption = description.partition("DESCRIPTION")[2].partition("SIZE")[0]
+        assert len(caption.split()) > 5, path
+    drawn = {str(path.relative_to(done)) for path in (done / "figures/smoke").iterdir()}
+    assert set(seen["widths"]) == drawn
+    assert min(seen["widths"].values()) > 300
+
+
+def test_the_browser_notices_what_is_wrong_with_a_report(report, tmp_path):
+    start = report.index("data:image/png", report.index("var results"))
+    wrong = report[:start] + "data:image/png;base64,AAAA" + report[report.index('"', start) :]
+    wrong += "<img src='http://example.invalid/x.png'><script>nonsense()</script>"
+    seen = visit(wrong, tmp_path)
+    assert sum(width == 0 for width in seen["widths"].values()) == 1
+    assert seen["requests"] == ["http://example.invalid/x.png"]
+    assert ["nonsense" in message for message in seen["errors"]] == [True]
 
 
 def test_command_line_overrides_are_refused(done):

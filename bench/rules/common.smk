@@ -30,6 +30,7 @@ RESULTS = f"results/{EXPERIMENT.name}"
 FIGURES = f"figures/{EXPERIMENT.name}"
 MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
+CLAIMS = "results/claims/claims.csv"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 # Of certification and of training.
 SIGMAS = sorted(
@@ -154,6 +155,11 @@ def judged_tables(wildcards):
         "reference/accounting.csv",
     ]
     return sorted(str(path) for p in patterns for path in Path("results").glob(p))
+
+
+def judged_claims(wildcards):
+    """The verdicts on claims, once somebody asked for them."""
+    return [CLAIMS] if os.path.exists(CLAIMS) else []
 
 
 REPRODUCES = any(method.published for method in EXPERIMENT.methods.values())

@@ -1,3 +1,6 @@
+FIRST = [point for point in POINTS if point["seed"] == EXPERIMENT.seeds[0]]
+
+
 rule figures:
     input:
         tables=rules.tables.output,
@@ -18,6 +21,16 @@ rule figures:
             multiext(f"{FIGURES}/accuracy_vs_compute", ".svg", ".png"),
             category="Figures",
             caption="../report/compute.rst",
+        ),
+        base=report(
+            multiext(f"{FIGURES}/base_and_smoothed", ".svg", ".png"),
+            category="Figures",
+            caption="../report/base_and_smoothed.rst",
+        ),
+        classes=report(
+            multiext(f"{FIGURES}/per_class", ".svg", ".png"),
+            category="Figures",
+            caption="../report/per_class_figure.rst",
         ),
         resolution=(
             report(
@@ -41,3 +54,63 @@ rule figures:
     shell:
         "python -m bench figures --experiment {params.experiment} --tables {params.tables}"
         " {params.published} --output {params.folder} > {log} 2>&1"
+
+
+rule examples:
+    input:
+        logs=[f"{CERTIFICATES}.tsv".format(**point) for point in FIRST],
+        models=list(
+            dict.fromkeys(model_file("classifier.json", **point) for point in FIRST)
+        ),
+        data=DATA,
+        code=code_of("bench/examples.py", "bench/figures.py"),
+    output:
+        table=report(
+            f"{TABLES}/examples.csv",
+            category="Tables",
+            caption="../report/examples_table.rst",
+        ),
+        figure=report(
+            multiext(f"{FIGURES}/examples", ".svg", ".png"),
+            category="Figures",
+            caption="../report/examples.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/examples.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/examples.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        models=lambda wildcards, input: [
+            f"--model {os.path.dirname(path)}" for path in input.models
+        ],
+        stem=lambda wildcards, output: os.path.splitext(output.figure[0])[0],
+    shell:
+        "python -m bench examples --experiment {params.experiment} {params.logs}"
+        " {params.models} --table {output.table} --figure {params.stem} > {log} 2>&1"
+
+
+rule calibration:
+    input:
+        code=[*CERTIFY_CODE, *code_of("bench/calibration.py", "bench/figures.py")],
+    output:
+        table=report(
+            "results/calibration/calibration.csv",
+            category="Tables",
+            caption="../report/calibration.rst",
+        ),
+        figure=report(
+            multiext("figures/calibration/calibration", ".svg", ".png"),
+            category="Figures",
+            caption="../report/calibration.rst",
+        ),
+    log:
+        "results/calibration/calibration.log",
+    benchmark:
+        "results/calibration/calibration.tsv"
+    params:
+        stem=lambda wildcards, output: os.path.splitext(output.figure[0])[0],
+    shell:
+        "python -m bench calibration --table {output.table} --figure {params.stem} > {log} 2>&1"

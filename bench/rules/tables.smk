@@ -3,6 +3,8 @@ POINTS = [
     for method, sigma, seed in EXPERIMENT.points()
 ]
 TABLES = f"{RESULTS}/tables"
+# bench/report/workflow.rst, the front page, includes it.
+OVERVIEW = f"{RESULTS}/overview.rst"
 
 
 rule tables:
@@ -34,6 +36,11 @@ rule tables:
         ),
         pooled=report(
             f"{TABLES}/pooled.csv", category="Tables", caption="../report/pooled.rst"
+        ),
+        per_class=report(
+            f"{TABLES}/per_class.csv",
+            category="Tables",
+            caption="../report/per_class.rst",
         ),
         paired=report(
             f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
@@ -110,7 +117,7 @@ rule claims:
         ),
     output:
         verdicts=report(
-            "results/claims/claims.csv",
+            CLAIMS,
             category="Claims",
             caption="../report/claims.rst",
         ),
@@ -122,3 +129,28 @@ rule claims:
     shell:
         "python -m bench claims --claims {input.claims} --results results"
         " --results results/reference --output {output.verdicts} 2>&1 | tee {log}"
+
+
+rule overview:
+    input:
+        tables=rules.tables.output,
+        logs=rules.tables.input.logs,
+        claims=judged_claims,
+        code=code_of("bench/overview.py"),
+    output:
+        OVERVIEW,
+    log:
+        f"{RESULTS}/logs/overview.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/overview.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        settings=EXPERIMENT.certification.model_dump(),
+        tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        claims=lambda wildcards, input: (
+            f"--claims {input.claims}" if input.claims else ""
+        ),
+    shell:
+        "python -m bench overview --experiment {params.experiment} --tables {params.tables}"
+        " {params.logs} {params.claims} --output {output} > {log} 2>&1"
