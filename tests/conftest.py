@@ -53,16 +53,28 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data_folder(settings)
 
 
-def copy_repository(folder: Path, data: Path) -> Path:
-    """A copy of this checkout's sources in `folder`, with the data in place."""
+def copy_sources(folder: Path) -> Path:
+    """A copy of this checkout's sources in `folder`, of no git revision."""
     copy = folder / "repository"
     copy.mkdir()
     for name in ("bench", "baselines", "config", "profiles"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "results/published", copy / "results/published")
     shutil.copy(ROOT / "Snakefile", copy)
+    return copy
+
+
+def copy_repository(folder: Path, data: Path) -> Path:
+    """A copy of this checkout's sources in `folder`, with the data in place."""
+    copy = copy_sources(folder)
     shutil.copytree(data, copy / "data/fashion_mnist")
     return copy
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A temporary copy of this checkout's sources, without data."""
+    return copy_sources(tmp_path)
 
 
 @pytest.fixture

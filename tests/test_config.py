@@ -109,3 +109,16 @@ def test_a_method_may_run_at_some_sigmas_only(smoke_values):
 
 def test_sigma_has_one_spelling():
     assert [sigma_text(s) for s in (0.5, 0.25, 1, 0.125)] == ["0.50", "0.25", "1.00", "0.125"]
+
+
+def test_a_micro_batch_changes_fingerprints_and_its_absence_none(smoke_values):
+    """Results from before the key existed must stay valid: their fingerprints knew no such key."""
+    experiment = parse_experiment(smoke_values, "x")
+    assert "micro_batch_size" not in experiment.training.defining()
+    values = copy.deepcopy(smoke_values)
+    values["methods"]["lora"]["training"] = {"micro_batch_size": 32}
+    split = parse_experiment(values, "x")
+    where = ("lora", 0.5, 0)
+    assert split.training_fingerprint(*where) != experiment.training_fingerprint(*where)
+    assert split.method_training("lora").micro_batch_size == 32
+    assert split.base_fingerprint == experiment.base_fingerprint
