@@ -120,7 +120,12 @@ def attack_certificates(attack: Attack, images: Tensor, log: pd.DataFrame) -> pd
     Returns:
         A row per attack: `idx, label, certified, certified_radius`, the class `target` that was
         to be changed within l2 `radius`, the `distance` gone, and `predict` there (-1 abstains).
+
+    Raises:
+        ValueError: there are not as many images as rows.
     """
+    if len(images) != len(log):
+        raise ValueError(f"{len(images)} images for a log of {len(log)}: give those of its rows")
     names = {"predict": "certified", "radius": "certified_radius"}
     table = log.reset_index(drop=True)[["idx", "label", *names]].rename(columns=names)
     standing, rows = table, []
