@@ -29,6 +29,7 @@ for baseline in sorted(Path(workflow.basedir).glob("baselines/*/rules.smk")):
 
 include: "bench/rules/certify.smk"
 include: "bench/rules/tables.smk"
+include: "bench/rules/attacks.smk"
 include: "bench/rules/tune.smk"
 include: "bench/rules/figures.smk"
 
@@ -41,3 +42,4 @@ rule all:
         rules.examples.output,
         rules.overview.output,
         rules.compare_published.output if REPRODUCES else [],
+        rules.attacks.output if EXPERIMENT.attack else [],

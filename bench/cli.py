@@ -127,6 +127,44 @@ def certify_method(
 
 
 @app.command()
+def attack(
+    experiment: ExperimentFile,
+    method: MethodName,
+    sigma: Sigma,
+    model: Annotated[Path, typer.Option(help="Model folder.")],
+    certificates: Annotated[Path, typer.Option(help="Certification log of that model.")],
+    output: Output,
+    seed: Seed = 0,
+    expect: Expect = None,
+) -> None:
+    """Attack a certified method, and each of its certificates (docs/attacks.md)."""
+    from bench import attacks, jobs
+
+    settings = experiment_with(experiment, method)
+    jobs.check_fingerprint(settings.attack_fingerprint(sigma, seed), expect)
+    attacks.attack_method(settings, method, sigma, seed, model, certificates, output)
+
+
+@app.command()
+def attack_tables(
+    experiment: ExperimentFile,
+    output: Output,
+    log: Annotated[list[Path], typer.Option(help="Log of an attack; repeat.")],
+) -> None:
+    """Bound robust accuracy from above by attacks, and count the certificates they broke."""
+    from bench.attack_tables import build_attack_tables
+
+    found = build_attack_tables(load_experiment(experiment), log, output)
+    broken, attacked = found["broken"].sum(), found["certificates"].sum()
+    typer.echo(f"{broken} of {attacked} attacked certificates are broken")
+    for row in found[found["broken"] > found["allowed"]].to_dict("records"):
+        typer.echo(
+            f"unsound: {row['method']} at sigma {row['sigma']}, seed {row['seed']}: "
+            f"{row['broken']} broken, {row['allowed']} allowed"
+        )
+
+
+@app.command()
 def gather(
     output: Output, shard: Annotated[list[Path], typer.Option(help="Log of a shard; repeat.")]
 ) -> None:
@@ -284,6 +322,18 @@ def examples(
     from bench.examples import build_examples
 
     build_examples(load_experiment(experiment), log, model, table, figure)
+
+
+@app.command()
+def attack_figure(
+    experiment: ExperimentFile,
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    output: Output,
+) -> None:
+    """Draw certified accuracy and what attacks leave of it in one figure."""
+    from bench.figures import draw_attacks
+
+    draw_attacks(load_experiment(experiment), tables, output)
 
 
 @app.command()

@@ -27,6 +27,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Precision = Literal["auto", "float32", "bfloat16"]
 Scalar = bool | int | float | str
 Share = Annotated[float, Field(ge=0, le=1)]
+# Noise comes in blocks of 32.
+Draws = Annotated[int, Field(gt=0, multiple_of=32)]
 Access = Literal["logits", "probabilities", "top1"]
 # Noise is added to the data's own pixels, or to images resized to `backbone.input_size`.
 NoiseResolution = Literal["native", "model"]
@@ -402,7 +404,7 @@ class CertificationSettings(Settings):
     noise_seed: int = Field(default=2_000_003, ge=0)
     test_images: PositiveInt = 500
     shards: PositiveInt = 1
-    batch_size: Annotated[int, Field(gt=0, multiple_of=32)] = 1024
+    batch_size: Draws = 1024
     precision: Precision = "auto"
     compile: bool = False
 
@@ -445,6 +447,41 @@ class TuningSettings(Settings):
     training: TrainingOverrides = TrainingOverrides()
 
 
+class AttackSettings(Settings):
+    """The attack on smoothed classifiers; a prediction of `n` draws at level `alpha` judges it.
+
+    `radii` are l2 in [0, 1] pixels; each certificate is attacked at its own radius besides.
+    """
+
+    methods: list[Name] | None = Field(default=None, min_length=1)
+    sigmas: list[PositiveFloat] | None = Field(default=None, min_length=1)
+    radii: list[PositiveFloat] = Field(default_factory=list)
+    images: PositiveInt | None = None
+    steps: PositiveInt = 20
+    draws: Draws = 32
+    n: PositiveInt = 10_000
+    alpha: float = Field(default=0.001, gt=0, lt=0.5)
+    batch_size: Draws = 256
+
+    @field_validator("radii")
+    @classmethod
+    def _radii_increase(cls, radii: list[float]) -> list[float]:
+        if radii != sorted(set(radii)):
+            raise ValueError("radii must increase")
+        return radii
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> "AttackSettings":
+        if 2 * 0.5**self.n > self.alpha:
+            raise ValueError(
+                f"n = {self.n} draws cannot tell any class from another at alpha = {self.alpha}, "
+                "even if all agree: raise n (11 is the least at 0.001)"
+            )
+        if self.batch_size < self.draws:
+            raise ValueError(f"batch_size must hold the draws of an image: {self.draws} or more")
+        return self
+
+
 class FigureSettings(Settings):
     """How the figures show accuracy against cost."""
 
@@ -468,6 +505,7 @@ class Experiment(Settings):
     training: TrainingSettings
     certification: CertificationSettings
     tuning: TuningSettings
+    attack: AttackSettings | None = None
     figures: FigureSettings = FigureSettings()
     methods: dict[Name, Method] = Field(min_length=1)
 
@@ -528,6 +566,18 @@ class Experiment(Settings):
         for name, method in self.methods.items():
             for sigma in sorted(set(method.sigmas or ()) - set(self.sigmas)):
                 raise ValueError(f"methods.{name}.sigmas: {sigma} is not one of sigmas: add it")
+        return self
+
+    @model_validator(mode="after")
+    def _attacked_is_what_there_is(self) -> "Experiment":
+        if self.attack is None:
+            return self
+        for name in self.attack.methods or ():
+            if name not in self.methods:
+                raise ValueError(f"attack.methods: {name} is no method of this experiment")
+        for sigma in self.attack.sigmas or ():
+            if sigma not in self.sigmas:
+                raise ValueError(f"attack.sigmas: {sigma} is not one of sigmas")
         return self
 
     @model_validator(mode="after")
@@ -654,6 +704,14 @@ class Experiment(Settings):
             for seed in self.seeds
         ]
 
+    def attacked(self) -> list[tuple[str, float, int]]:
+        """Every (method, sigma, seed) that is attacked; none without `attack`."""
+        if self.attack is None:
+            return []
+        methods = self.attack.methods or list(self.methods)
+        sigmas = self.attack.sigmas or self.sigmas
+        return [p for p in self.points() if p[0] in methods and p[1] in sigmas]
+
     def point(self, name: str) -> Method:
         """The method `name`, or its trial with other values, `NAME__lr_RATE[__KEY_VALUE...]`.
 
@@ -710,6 +768,24 @@ class Experiment(Settings):
         """Hash of the settings that define one certification, the model's own aside."""
         settings = self.certification.model_dump()
         return sha256_json([self.data.name, self.radius_step, settings, sigma, seed])
+
+    @property
+    def attack_settings(self) -> AttackSettings:
+        """The section `attack`.
+
+        Raises:
+            BenchError: the experiment has none.
+        """
+        if self.attack is None:
+            raise BenchError(
+                f"{self.name} has no section `attack`: add one, config/README.md has its keys"
+            )
+        return self.attack
+
+    def attack_fingerprint(self, sigma: float, seed: int) -> str:
+        """Hash of the settings that define one attack, the model's own aside."""
+        settings = self.attack_settings.model_dump(exclude={"methods", "sigmas"})
+        return sha256_json([self.certification_fingerprint(sigma, seed), settings])
 
 
 def split_trial(name: str) -> tuple[str, dict[str, int | float]]:

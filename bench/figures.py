@@ -32,6 +32,8 @@ HUES = ["Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
+BOUNDS = ["value", "low", "high", "certified"]
+ATTACK_COLUMNS = 4
 PUBLISHED_LABEL = "published (other networks, N = 100,000)"
 
 
@@ -226,6 +228,50 @@ def _classes(experiment: Experiment, per_class: pd.DataFrame, look: Look) -> Fig
     figure.supxlabel("true class", fontsize=10)
     figure.colorbar(picture, ax=axes, label="certified accuracy (%)")
     return figure
+
+
+def draw_attacks(experiment: Experiment, tables: Path, folder: Path) -> None:
+    """Draw robust accuracy between certificates and attacks, as SVG and PNG.
+
+    Raises:
+        BenchError: a table is missing.
+    """
+    accuracy = _read(tables / "certified_accuracy.csv")
+    attacks = _read(tables / "attacks.csv")
+    with mpl.rc_context(STYLE):
+        save_figure(_attacks(experiment, accuracy, attacks), folder / "attacks")
+
+
+def _attacks(experiment: Experiment, accuracy: pd.DataFrame, attacks: pd.DataFrame) -> Figure:
+    """A panel per method: curves of certified and points of attacked accuracy; seeds averaged."""
+    keys = ["method", "sigma"]
+    pairs = attacks[keys].drop_duplicates()
+    sigmas = sorted(pairs["sigma"].unique())
+    colours = dict(zip(sigmas, sns.color_palette("viridis", len(sigmas) + 1), strict=False))
+    curves = accuracy.merge(pairs, on=keys).assign(percent=lambda table: 100 * table["value"])
+    grid = sns.relplot(
+        curves, x="radius", y="percent", hue="sigma", col="method", col_wrap=ATTACK_COLUMNS,
+        kind="line", errorbar=None, palette=colours, height=2.5, aspect=1.15, legend=False,
+    )  # fmt: skip
+    for method, axis in grid.axes_dict.items():
+        axis.set_title(experiment.methods[method].label, fontsize=10)
+        for sigma, points in attacks[attacks["method"] == method].groupby("sigma"):
+            _draw_bounds(axis, 100 * points.groupby("radius")[BOUNDS].mean(), colours[sigma])
+        axis.set(ylim=(0, 100), xlim=(0, None))
+        axis.grid(alpha=0.25)
+    grid.set_axis_labels("ℓ2 radius", "accuracy (%)")
+    handles = [Line2D([], [], color=colours[s], label=f"σ = {s:g}, certified") for s in sigmas]
+    handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="under attack"))
+    grid.figure.legend(handles=handles, loc="outside right center", fontsize=9)
+    return grid.figure
+
+
+def _draw_bounds(axis: Axes, bounds: pd.DataFrame, colour: Any) -> None:
+    """Points with intervals where attacks ended, and what lies between them and certificates."""
+    value = bounds["value"]
+    error = [value - bounds["low"], bounds["high"] - value]
+    axis.errorbar(value.index, value, error, color=colour, marker="o", ls="none", elinewidth=0.8)
+    axis.fill_between(value.index, bounds["certified"], value, color=colour, alpha=0.12, lw=0)
 
 
 def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame, radius: float) -> pd.DataFrame:

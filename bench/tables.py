@@ -34,7 +34,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
     """
     read = [_read_complete(path) for path in logs]
-    _check_points([protocol for protocol, _ in read], experiment.points())
+    check_points([protocol for protocol, _ in read], experiment.points())
     order = {name: place for place, name in enumerate(experiment.methods)}
     read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
     curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
@@ -65,7 +65,7 @@ def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     return protocol, log
 
 
-def _check_points(found: list[dict[str, Any]], points: Iterable[Point]) -> None:
+def check_points(found: list[dict[str, Any]], points: Iterable[Point]) -> None:
     """Each point of the experiment must be there once, and no other."""
     have = Counter(map(_point, found))
     wanted = set(points)
@@ -83,7 +83,8 @@ def _point(row: dict[str, Any]) -> Point:
     return row["method"], row["sigma"], row["seed"]
 
 
-def _named(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
+def names_of(experiment: Experiment, row: dict[str, Any]) -> dict[str, Any]:
+    """The columns `KEY` of a row that names its method, sigma and seed."""
     method = experiment.methods[row["method"]]
     return {
         "method": row["method"],
@@ -108,7 +109,7 @@ def _curve(
     curve = certified_accuracy(
         log, radius_grid(experiment.radius_step, steps * experiment.radius_step)
     )
-    named = {"experiment": experiment.name, **_named(experiment, protocol)}
+    named = {"experiment": experiment.name, **names_of(experiment, protocol)}
     # Sidecars of before had native noise alone and no factor.
     native_radius = curve["radius"] * protocol.get("native_radius_factor", 1.0)
     resolution = protocol.get("noise_resolution", "native")
@@ -124,7 +125,7 @@ def leaderboard_radii(sigma: float) -> list[float]:
 def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame) -> pd.DataFrame:
     """Certified accuracy over the images of each true class, at the radii of the leaderboard."""
     radii = leaderboard_radii(protocol["sigma"])
-    named = _named(experiment, protocol)
+    named = names_of(experiment, protocol)
     parts = [
         certified_accuracy(part, radii).assign(**named, **{"class": label})
         for label, part in log.groupby("label")
@@ -187,7 +188,7 @@ def _summary_row(
     experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
 ) -> dict[str, Any]:
     images = len(log)
-    row = {**_named(experiment, protocol), "n_images": images}
+    row = {**names_of(experiment, protocol), "n_images": images}
     row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
@@ -217,7 +218,7 @@ def _cost_rows(experiment: Experiment, costs: list[dict[str, Any]]) -> list[dict
         (name, sigma, seed): (name, experiment.training_sigma(name, sigma), seed)
         for name, sigma, seed in experiment.points()
     }
-    _check_points(costs, models.values())
+    check_points(costs, models.values())
     paid = {_point(cost): cost for cost in costs}
     order = {name: place for place, name in enumerate(experiment.methods)}
     points = sorted(models, key=lambda point: (order[point[0]], *point[1:]))
@@ -227,7 +228,7 @@ def _cost_rows(experiment: Experiment, costs: list[dict[str, Any]]) -> list[dict
 def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:
     without = cost["trainable_parameters"] - cost["head_parameters"]
     rest = {k: v for k, v in cost.items() if k not in (*KEY, "experiment", "fingerprint")}
-    return {**_named(experiment, cost), "trainable_without_head": without, **rest}
+    return {**names_of(experiment, cost), "trainable_without_head": without, **rest}
 
 
 def leaderboard(curves: pd.DataFrame) -> str:
@@ -285,7 +286,7 @@ def _trial_row(experiment: Experiment, report: dict[str, Any]) -> dict[str, Any]
     method, values = split_trial(report["method"])
     rate = values.pop("learning_rate")
     return {
-        **_named(experiment, {**report, "method": method}),
+        **names_of(experiment, {**report, "method": method}),
         "size": ", ".join(f"{key} = {value:g}" for key, value in values.items()),
         "learning_rate": float(rate),
         "validation_accuracy": report["validation_accuracy"],

@@ -38,7 +38,7 @@ def snakemake(where: Path, *arguments: str, ok: bool = True) -> str:
 def planned(where: Path, *arguments: str) -> set[str]:
     """Rules that a dry run would execute."""
     said = snakemake(where, "-n", *arguments)
-    known = ("fetch", "pretrain", "train", "certify", "tables", "figures")
+    known = ("fetch", "pretrain", "train", "certify", "attack", "tables", "figures")
     return {name for name in known if f"\n{name} " in said}
 
 
@@ -53,8 +53,11 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     assert cost.loc["diffusion_denoising", "inference_flops"] > cost.loc["lora", "inference_flops"]
     beside = pd.read_csv(done / "results/smoke/tables/published.csv")
     assert set(beside["method"]) == {"gaussian_retraining"}
-    figures = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
-    for name in (*figures, "base_and_smoothed", "per_class", "examples"):
+    checks = pd.read_csv(done / "results/smoke/tables/soundness.csv")
+    assert checks["method"].tolist() == experiment["attack"]["methods"]
+    assert checks["broken"].tolist() == [0]
+    curves = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
+    for name in (*curves, "base_and_smoothed", "per_class", "examples", "attacks"):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
     assert not pickles
@@ -68,8 +71,9 @@ def test_a_second_run_has_nothing_to_do(done):
     ("module", "rerun"),
     [
         ("bench/figures.py", {"figures"}),
-        ("bench/smoothing/engine.py", {"certify", "tables", "figures"}),
-        ("bench/training.py", {"pretrain", "train", "certify", "tables", "figures"}),
+        ("bench/attacks.py", {"attack"}),
+        ("bench/smoothing/engine.py", {"certify", "attack", "tables", "figures"}),
+        ("bench/training.py", {"pretrain", "train", "certify", "attack", "tables", "figures"}),
     ],
 )
 def test_an_edit_reruns_what_it_affects(done, module, rerun):
@@ -136,6 +140,20 @@ def test_the_browser_notices_what_is_wrong_with_a_report(report, tmp_path):
     assert sum(width == 0 for width in seen["widths"].values()) == 1
     assert seen["requests"] == ["http://example.invalid/x.png"]
     assert ["nonsense" in message for message in seen["errors"]] == [True]
+
+
+def test_attacks_need_their_section(done):
+    path = done / "config/smoke.yaml"
+    original = path.read_text()
+    values = yaml.safe_load(original)
+    del values["attack"]
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        assert "Nothing to be done" in snakemake(done, *SMOKE)
+        said = snakemake(done, "-n", "attacks", *SMOKE, ok=False)
+    finally:
+        path.write_text(original)
+    assert "smoke has no section `attack`: add one" in said
 
 
 def test_command_line_overrides_are_refused(done):

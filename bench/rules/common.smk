@@ -32,6 +32,7 @@ MODEL = f"{RESULTS}/models/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
 CLAIMS = "results/claims/claims.csv"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
+ATTACKS = f"{RESULTS}/attacks/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 # Of certification and of training.
 SIGMAS = sorted(
     {sigma_text(s) for s in [*EXPERIMENT.sigmas, *(s for _, s in EXPERIMENT.models())]}
@@ -139,6 +140,23 @@ def job_minutes(wildcards, attempt):
     return 240 * attempt
 
 
+def planned_attack(wildcards):
+    """Fingerprint of the settings that define an attack."""
+    return EXPERIMENT.attack_fingerprint(float(wildcards.sigma), int(wildcards.seed))
+
+
+def attack_logs(wildcards):
+    """The logs of all attacks that the experiment asks for."""
+    try:
+        EXPERIMENT.attack_settings
+    except BenchError as error:
+        raise WorkflowError(str(error)) from None
+    return [
+        f"{ATTACKS}.tsv".format(method=method, sigma=sigma_text(sigma), seed=seed)
+        for method, sigma, seed in EXPERIMENT.attacked()
+    ]
+
+
 def published_results():
     """The file of published results on this experiment's data set, if there is one."""
     path = Path(workflow.basedir) / f"results/published/{EXPERIMENT.data.name}.csv"
@@ -193,6 +211,13 @@ CERTIFY_CODE = code_of(
         )
     ),
 )
+
+ATTACK_CODE = [
+    *CERTIFY_CODE,
+    *code_of(
+        "bench/attacks.py", "bench/objectives/attack.py", "bench/objectives/noise.py"
+    ),
+]
 
 
 wildcard_constraints:

@@ -1,0 +1,77 @@
+rule attack:
+    input:
+        model=certified("classifier.json"),
+        weights=certified("model.safetensors"),
+        certificates=f"{CERTIFICATES}.tsv",
+        protocol=f"{CERTIFICATES}.json",
+        data=DATA,
+        code=ATTACK_CODE,
+    output:
+        log=f"{ATTACKS}.tsv",
+        protocol=f"{ATTACKS}.json",
+    log:
+        f"{RESULTS}/logs/attack/{{method}}/sigma_{{sigma}}/seed_{{seed}}.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/attack/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=EXPERIMENT.gpus_per_job,
+    params:
+        experiment=EXPERIMENT_FILE,
+        expect=planned_attack,
+    shell:
+        "python -m bench attack --experiment {params.experiment} --method {wildcards.method}"
+        " --sigma {wildcards.sigma} --seed {wildcards.seed} --model $(dirname {input.model})"
+        " --certificates {input.certificates} --output {output.log} --expect {params.expect}"
+        " > {log} 2>&1"
+
+
+rule attack_tables:
+    input:
+        logs=attack_logs,
+        code=code_of("bench/attack_tables.py", "bench/statistics.py", "bench/tables.py"),
+    output:
+        attacks=report(
+            f"{TABLES}/attacks.csv", category="Tables", caption="../report/attacks.rst"
+        ),
+        soundness=report(
+            f"{TABLES}/soundness.csv",
+            category="Tables",
+            caption="../report/soundness.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/attack_tables.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/attack_tables.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        folder=subpath(output.attacks, parent=True),
+        logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
+        names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
+    shell:
+        "python -m bench attack-tables --experiment {params.experiment} --output {params.folder}"
+        " {params.logs} > {log} 2>&1"
+
+
+rule attacks:
+    input:
+        accuracy=rules.tables.output.certified_accuracy,
+        attacks=rules.attack_tables.output.attacks,
+        code=code_of("bench/figures.py"),
+    output:
+        report(
+            multiext(f"{FIGURES}/attacks", ".svg", ".png"),
+            category="Figures",
+            caption="../report/attack_figure.rst",
+        ),
+    log:
+        f"{RESULTS}/logs/attacks.log",
+    benchmark:
+        f"{RESULTS}/benchmarks/attacks.tsv"
+    params:
+        experiment=EXPERIMENT_FILE,
+        tables=subpath(input.accuracy, parent=True),
+        folder=subpath(output[0], parent=True),
+    shell:
+        "python -m bench attack-figure --experiment {params.experiment} --tables {params.tables}"
+        " --output {params.folder} > {log} 2>&1"
