@@ -1,6 +1,7 @@
 """The paper-scale experiments at toy size: same classes of networks, random weights, own data."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -266,7 +267,7 @@ def test_weights_come_from_hf_home_without_a_network_and_are_named_by_hash(tmp_p
     values["pretrain"] = {"images": 0}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(values))
     weights = write_hub_cache(tmp_path / "home", name)
-    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PATH": ""}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
     def run(home: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", HUB_SCRIPT, "toy.yaml", "base"]
