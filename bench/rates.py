@@ -29,8 +29,8 @@ PEAKS = {
 }
 # An assumption, not a measurement: this project has been timed on no GPU.
 UTILISATION = 0.4
-# Of a job beside what is counted: process start, imports, data, writing. What is left of the
-# reference run of `quick` (14 min 41 s on 2 cores, results/reference/quick), over its 71 jobs.
+# Of a job beside what is counted: process start, imports, data, writing. What is left of
+# an earlier `quick` (14 min 41 s on 2 cores of a Xeon, revision 386b193), over its 71 jobs.
 JOB_SECONDS = 7.1
 # Enough for a steady clock, little enough to wait for.
 MEASURED_FLOPS = 2e10
