@@ -324,7 +324,9 @@ def _other_lines(experiment: Experiment) -> Iterator[Line]:
     if experiment.certification.shards > 1:
         yield Line("other", "gather", len(experiment.points()))
     reproduces = any(method.published for method in experiment.methods.values())
-    yield Line("other", "tables and figures", 3 if reproduces else 2)
+    yield Line("other", "tables, figures, examples, overview", 5 if reproduces else 4)
+    if experiment.attack is not None:
+        yield Line("other", "attacks", len(experiment.attacked()) + 2)
 
 
 def plan(experiment: Experiment, rate: Rate) -> tuple[pd.DataFrame, dict[float, Draws]]:
