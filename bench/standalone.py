@@ -15,6 +15,7 @@ from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_dat
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
 from bench.model_folder import load_classifier, read_spec
+from bench.provenance import tensors_sha256
 from bench.remote import RemoteClassifier, RemoteModel
 from bench.resolution import Resized
 from bench.statistics import certified_accuracy
@@ -87,8 +88,8 @@ def _classifier(model: str) -> tuple[Classifier, int | None, str]:
         raise BenchError(f"--model {model}: timm has no pretrained weights of that name")
     backbone = BackboneSettings(timm=name, pretrained=True)
     classifier = create_classifier(backbone, config.num_classes, 3)
-    state = {key: value.double().sum().item() for key, value in classifier.state_dict().items()}
-    return classifier.eval(), int(config.input_size[-1]), sha256_json(state)
+    weights = tensors_sha256(classifier.state_dict())
+    return classifier.eval(), int(config.input_size[-1]), weights
 
 
 def _noised_images(model: str, test: ImageSplit) -> ImageSplit:

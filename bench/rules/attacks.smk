@@ -16,6 +16,8 @@ rule attack:
     threads: EXPERIMENT.threads_per_job
     resources:
         gpu=EXPERIMENT.gpus_per_job,
+        mem_mb=job_memory,
+        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         expect=planned_attack,

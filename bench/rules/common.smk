@@ -131,12 +131,12 @@ def planned_certification(wildcards):
 
 
 def job_memory(wildcards, attempt):
-    """MiB of main memory that a training or certification asks a cluster for."""
+    """MiB of main memory that a training, certification or attack asks a cluster for."""
     return 4000 * attempt
 
 
 def job_minutes(wildcards, attempt):
-    """Minutes that a training or certification asks a cluster for."""
+    """Minutes that a training, certification or attack asks a cluster for."""
     return 240 * attempt
 
 
