@@ -249,8 +249,9 @@ def _attacks(experiment: Experiment, accuracy: pd.DataFrame, attacks: pd.DataFra
     sigmas = sorted(pairs["sigma"].unique())
     colours = dict(zip(sigmas, sns.color_palette("viridis", len(sigmas) + 1), strict=False))
     curves = accuracy.merge(pairs, on=keys).assign(percent=lambda table: 100 * table["value"])
+    columns = min(ATTACK_COLUMNS, pairs["method"].nunique())
     grid = sns.relplot(
-        curves, x="radius", y="percent", hue="sigma", col="method", col_wrap=ATTACK_COLUMNS,
+        curves, x="radius", y="percent", hue="sigma", col="method", col_wrap=columns,
         kind="line", errorbar=None, palette=colours, height=2.5, aspect=1.15, legend=False,
     )  # fmt: skip
     for method, axis in grid.axes_dict.items():
@@ -262,6 +263,8 @@ def _attacks(experiment: Experiment, accuracy: pd.DataFrame, attacks: pd.DataFra
     grid.set_axis_labels("ℓ2 radius", "accuracy (%)")
     handles = [Line2D([], [], color=colours[s], label=f"σ = {s:g}, certified") for s in sigmas]
     handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="under attack"))
+    # Else the legend lies on the panels.
+    grid.figure.set_layout_engine("constrained")
     grid.figure.legend(handles=handles, loc="outside right center", fontsize=9)
     return grid.figure
 
