@@ -68,14 +68,17 @@ class Classifier(nn.Module):
             return head_of(self.network)(pooled.float())
 
     def for_inference(self, precision: str) -> "Classifier":
-        """Set evaluation mode and cast the network (not its head) to `precision`."""
+        """Set evaluation mode and cast the network (not its head) to `precision`.
+
+        It can be trained no more, nor saved: a denoiser may rearrange its layers for speed.
+        """
         self.eval().requires_grad_(False)
         if precision == "bfloat16":
             self.network.bfloat16()
             head_of(self.network).float()
-            # A denoiser says itself what of it runs in bfloat16.
-            if self.denoiser is not None and hasattr(self.denoiser, "to_bfloat16"):
-                self.denoiser.to_bfloat16()  # type: ignore[operator]
+        # A denoiser says itself what of it runs in which precision.
+        if self.denoiser is not None and hasattr(self.denoiser, "for_inference"):
+            self.denoiser.for_inference(precision)  # type: ignore[operator]
         return self
 
 

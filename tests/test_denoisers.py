@@ -52,22 +52,39 @@ def test_published_sizes(denoiser, published):
     assert sum(p.numel() for p in denoiser.parameters()) == published
 
 
-@pytest.mark.parametrize("kind", ["dncnn", "memnet"])
-def test_cnn_denoisers_add_to_the_image_they_get(kind):
+def last_convolution(denoiser):
+    return [m for m in denoiser.modules() if isinstance(m, nn.Conv2d)][-1]
+
+
+def cnn_denoiser(kind):
+    """A small denoiser whose normalisations have seen images."""
     torch.manual_seed(0)
     small = MemNet(2, width=8, memory_blocks=2, residual_blocks=2)
-    denoiser = (DnCNN(2, depth=3, width=8) if kind == "dncnn" else small).eval()
-    pixels = torch.rand(3, 2, 9, 7)
-    plain = denoiser(pixels)
-    assert plain.shape == pixels.shape
-    last = [m for m in denoiser.modules() if isinstance(m, nn.Conv2d)][-1]
-    kept = last.weight.detach().clone()
-    nn.init.zeros_(last.weight)
+    denoiser = DnCNN(2, depth=4, width=8) if kind == "dncnn" else small
+    denoiser(3 + 2 * torch.rand(16, 2, 9, 7))
+    last_convolution(denoiser).weight.data *= 20
+    return denoiser.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["dncnn", "memnet"])
+def test_cnn_denoisers_add_to_the_image_they_get(kind):
+    denoiser, pixels = cnn_denoiser(kind), torch.rand(3, 2, 9, 7)
+    assert denoiser(pixels).shape == pixels.shape
+    nn.init.zeros_(last_convolution(denoiser).weight)
     assert torch.equal(denoiser(pixels), pixels)
-    last.weight.data = kept
-    denoiser.to_bfloat16()
-    assert denoiser(pixels).dtype == torch.float32
-    assert torch.allclose(denoiser(pixels), plain, atol=0.05)
+
+
+@pytest.mark.parametrize(("precision", "apart"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("kind", ["dncnn", "memnet"])
+def test_what_is_certified_of_cnn_denoisers_is_what_was_trained(kind, precision, apart):
+    denoiser, pixels = cnn_denoiser(kind), torch.rand(3, 2, 9, 7)
+    plain = denoiser(pixels)
+    assert (plain - pixels).abs().mean() > 0.05
+    for _ in range(2):  # it may have been prepared before
+        denoiser.for_inference(precision)
+        certified = denoiser(pixels)
+        assert certified.dtype == torch.float32
+        assert (certified - plain).abs().max() < apart
 
 
 @pytest.mark.parametrize(("sigma", "t"), [(0.12, 70), (0.25, 145), (0.5, 259), (1.0, 396)])

@@ -129,7 +129,7 @@ def test_the_report_opens_in_a_browser_without_a_network(report, done, tmp_path)
         assert len(caption.split()) > 5, path
     drawn = {str(path.relative_to(done)) for path in (done / "figures/smoke").iterdir()}
     assert set(seen["widths"]) == drawn
-    assert min(seen["widths"].values()) > 300
+    assert min(seen["widths"].values()) > 200  # a broken image has no width
 
 
 def test_the_browser_notices_what_is_wrong_with_a_report(report, tmp_path):

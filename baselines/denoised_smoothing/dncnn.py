@@ -1,7 +1,10 @@
 """DnCNN (Zhang et al. 2017), the denoiser of denoised smoothing."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 
 class DnCNN(nn.Module):
@@ -24,6 +27,19 @@ class DnCNN(nn.Module):
         noise: Tensor = self.layers(noisy.to(dtype))  # type: ignore[arg-type]
         return noisy - noise.float()
 
-    def to_bfloat16(self) -> None:
-        """Run the convolutions in bfloat16; the subtraction stays in float32."""
-        self.layers.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    def for_inference(self, precision: str) -> None:
+        """Put normalisations into the convolutions before them, and those in `precision`.
+
+        The subtraction stays in float32.
+        """
+        layers: list[nn.Module] = []
+        for layer in self.layers:
+            if isinstance(layer, nn.BatchNorm2d):
+                convolution = cast(nn.Conv2d, layers.pop())
+                layers.append(fuse_conv_bn_eval(convolution, layer))
+            else:
+                layers.append(layer)
+        self.layers = nn.Sequential(*layers)
+        if precision == "bfloat16":
+            self.layers.bfloat16()
+        self.layers.to(memory_format=torch.channels_last)  # on CPUs twice as fast

@@ -53,6 +53,8 @@ class MemNet(nn.Module):
         change: Tensor = self.reconstruct(memories[-1])
         return noisy + change.float()
 
-    def to_bfloat16(self) -> None:
-        """Run the convolutions in bfloat16; the addition stays in float32."""
-        self.to(torch.bfloat16).to(memory_format=torch.channels_last)
+    def for_inference(self, precision: str) -> None:
+        """Run the convolutions in `precision`; the addition stays in float32."""
+        if precision == "bfloat16":
+            self.bfloat16()
+        self.to(memory_format=torch.channels_last)
