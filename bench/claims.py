@@ -381,7 +381,9 @@ def _best(
 
 def _read(path: Path) -> pd.DataFrame:
     if not path.exists():
-        raise BenchError(f"{path} is missing beside the other tables: run `snakemake tables`")
+        raise BenchError(
+            f"{path} is missing beside the other tables: run `snakemake --cores all tables`"
+        )
     return pd.read_csv(path)
 
 

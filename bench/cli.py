@@ -184,7 +184,7 @@ def certify(
     step: Annotated[float, typer.Option(help="Step of the radius grid.")] = 0.25,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="KEY=VALUE of `certification`, see config/README.md; repeat."),
+        typer.Option("--set", help="KEY=VALUE of `certification` (images: --images); repeat."),
     ] = None,
 ) -> None:
     """Certify anyone's classifier and print its certified accuracy."""

@@ -384,7 +384,7 @@ PRESETS: dict[str, dict[str, int | float]] = {
 
 
 class CertificationSettings(Settings):
-    """How certificates are made; the noise seed is used for certification alone.
+    """How certificates are made; the noise seed is that of certificates and attacks alone.
 
     A preset gives `n`, `reserve` and `futility`; each may be set beside it.
     """

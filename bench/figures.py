@@ -34,7 +34,7 @@ MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
-PUBLISHED_LABEL = "published (other networks, N = 100,000)"
+PUBLISHED_LABEL = "published (LeNet, N = 100,000)"
 
 
 class Look:
@@ -134,7 +134,7 @@ def _panels(
 def _curves(
     experiment: Experiment, accuracy: pd.DataFrame, reported: pd.DataFrame, look: Look
 ) -> Figure:
-    """Certified accuracy against radius; 95 % intervals are in the table, 12 bands would hide."""
+    """Certified accuracy against radius; 95 % intervals are in the table: bands would overlap."""
     grey = Line2D([], [], color="0.7", linewidth=0.8, label=PUBLISHED_LABEL)
     legend = look.handles(lines=True) + ([grey] if len(reported) else [])
     figure, axes = _panels(experiment, legend)

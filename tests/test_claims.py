@@ -323,7 +323,7 @@ def test_verdicts_on_the_reference_are_what_its_numbers_say(reference):
     assert set(ran["experiment"]) == {"quick", "cifar10", "imagenet"}
     assert set(ran.loc[ran["experiment"] != "quick", "kind"]) == {"accounting_ratio_at_least"}
     verdicts = ran[ran["experiment"] == "quick"].groupby("claim")["verdict"].agg(list)
-    # README: LoRA is at most level with the small DnCNN, which trains 21 k weights, not 500 k.
+    # README: LoRA is at most level with the small DnCNN, which trains 10 k weights, not 500 k.
     assert verdicts["over_cnn_denoiser_by_20"] == ["contradicted"] * 3
     assert verdicts["over_cnn_denoiser_by_30"] == ["contradicted"] * 3
     assert verdicts["tenth_of_cnn_denoiser_measured"] == ["contradicted"] * 2

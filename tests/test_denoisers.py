@@ -1,6 +1,7 @@
 """Denoisers: published shapes and time steps, what trains, who is asked, what is refused."""
 
 import copy
+import functools
 import math
 import re
 import subprocess
@@ -23,10 +24,12 @@ from baselines.diffusion_denoising.denoiser import (
     time_steps,
     unet_config,
 )
+from baselines.diffusion_denoising.plan import Passes
 from baselines.diffusion_denoising.settings import DiffusionSettings
 from baselines.diffusion_denoising.train import WEIGHTS, train_unet
 from bench.backbones import Classifier, majority
 from bench.config import parse_experiment
+from bench.cost import count_flops
 from bench.data import load_data
 from bench.errors import BenchError
 from bench.files import read_json, sha256_file
@@ -117,6 +120,16 @@ def test_small_sigmas_enter_at_one_and_large_ones_are_refused():
 def denoiser(**options):
     torch.manual_seed(1)
     return DiffusionDenoiser(SIGMA, UNET, LINEAR, **options).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"steps": 3, "votes": 2}])
+def test_the_bill_counts_the_passes_that_a_draw_makes(options):
+    real, pixels = denoiser(**options), torch.rand(2, 1, 8, 8)
+    planned = Passes(real.unet, options.get("steps", 1), options.get("votes", 1))
+    assert planned(pixels).shape == real(pixels).shape
+    counted = [count_flops(functools.partial(one, pixels)) for one in (planned, real)]
+    assert counted[0] == counted[1] > 0
 
 
 @torch.no_grad()

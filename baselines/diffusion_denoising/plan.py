@@ -21,17 +21,17 @@ PUBLISHED = {32: DDPM_CIFAR10, 256: GUIDED_DIFFUSION_256}
 
 
 class Passes(nn.Module):
-    """As many passes through the UNet as a denoised image takes; what they make means nothing."""
+    """As many passes as `DiffusionDenoiser` makes, in its shapes; what they make means nothing."""
 
-    def __init__(self, unet: UNet2DModel, passes: int):
+    def __init__(self, unet: UNet2DModel, steps: int, votes: int):
         super().__init__()
-        self.unet, self.passes = unet, passes
+        self.unet, self.votes, self.passes = unet, votes, 1 + votes * (steps - 1)
 
     def forward(self, noisy: Tensor) -> Tensor:
-        """Pixels `(B, C, H, W)`."""
+        """Pixels `(B, C, H, W)`, or V of them, `(V, B, C, H, W)`."""
         for _ in range(self.passes):
             noisy = self.unet(noisy, torch.zeros(())).sample
-        return noisy
+        return torch.stack([noisy] * self.votes) if self.votes > 1 else noisy
 
 
 def config_of(planner: Planner, name: str, settings: DiffusionSettings) -> dict[str, Any]:
@@ -67,7 +67,8 @@ def plan(planner: Planner, name: str) -> Planned:
         flops, memory = planner.step(unet, noise_prediction(unet, settings), shape, budget)
         made = made._replace(training_flops=seeds * budget.images * flops, memory_bytes=memory)
     classifier = planner.frozen()
-    classifier.denoiser = Passes(unet.requires_grad_(False), settings.steps * settings.votes).eval()
+    passes = Passes(unet.requires_grad_(False), settings.steps, settings.votes)
+    classifier.denoiser = passes.eval()
     jobs, disk = planner.jobs(name), parameter_bytes(classifier)
     assembled = Line("train", name, jobs, memory_bytes=disk, disk_bytes=jobs * disk)
     return Planned([made, assembled], classifier, planner.validated(name))

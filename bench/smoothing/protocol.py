@@ -33,7 +33,7 @@ class Protocol:
         candidate: class that is certified: the pilot's choice, or the true label (valid for
             certified accuracy alone, since the pilot's draws are saved by knowing the answer).
         family_size: images that share alpha; 1 means alpha for each image.
-        seed: of the noise; used for certification alone.
+        seed: of the noise; never that of a training.
         data: name of the data set, part of the noise's key.
         batch_size: noisy images per forward pass, a multiple of 32.
 

@@ -196,8 +196,8 @@ def futility(table: BoundaryTable, n: int, gamma: float) -> Counts:
     """Failures `(J, K)` from which level j is not worth drawing on: chance below `gamma`.
 
     The chance is of reaching level j at the last look within `n`, predicted from the draws so
-    far (Jeffreys prior; the beta-binomial is replaced by the beta of the same mean and
-    variance). It decides only when to give up, so its error cannot make a claim false.
+    far (prior: a beta of `PRIOR` twice; the beta-binomial is replaced by the beta of the same mean
+    and variance). It decides only when to give up, so its error cannot make a claim false.
     """
     last = table.last_look(n)
     looks = table.looks[:last].astype(float)
