@@ -16,6 +16,7 @@ rule tune:
     params:
         experiment=EXPERIMENT_FILE,
         training=lambda wildcards, input: [f"--training {p}" for p in input.training],
+        recorded={n: m.model_dump_json() for n, m in EXPERIMENT.methods.items()},
     shell:
         "python -m bench tuning --experiment {params.experiment} --output {output}"
         " {params.training} 2>&1 | tee {log}"
