@@ -89,6 +89,7 @@ def draw_figures(
     cost = _read(tables / "cost.csv")
     reported = pd.DataFrame() if published is None else _read(published)
     summary, per_class = _read(tables / "summary.csv"), _read(tables / "per_class.csv")
+    shares = _read(tables / "vote_shares.csv")
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
@@ -102,6 +103,7 @@ def draw_figures(
         save_figure(figure, folder / "accuracy_vs_compute")
         save_figure(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")
         save_figure(_classes(experiment, per_class, look), folder / "per_class")
+        save_figure(_vote_shares(experiment, shares, look), folder / "vote_shares")
         if len(experiment.noise_resolutions) > 1:
             save_figure(_conventions(experiment, accuracy, look), folder / "noise_resolution")
 
@@ -153,10 +155,21 @@ def _curves(
     return figure
 
 
-def _draw_methods(axis: Axes, curves: pd.DataFrame, radius: str, look: Look) -> None:
-    """Certified accuracy of every method against the column `radius`; seeds are averaged."""
+def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Figure:
+    """Distribution over the images of the share of votes that the true class got."""
+    figure, axes = _panels(experiment, look.handles(lines=True))
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        _draw_methods(axis, shares[np.isclose(shares["sigma"], sigma)], "p_a", look)
+        axis.axvline(0.5, color="0.6", lw=0.8)  # below it nothing can be certified
+        axis.set(xlabel="votes for the true class (share)", xlim=(0, 1), ylim=(0, 100))
+    axes[0].set_ylabel("images with at most so many (%)")
+    return figure
+
+
+def _draw_methods(axis: Axes, curves: pd.DataFrame, x: str, look: Look) -> None:
+    """`value` of every method in % against the column `x`; seeds are averaged."""
     for method, colour in look.colour.items():
-        own = curves[curves["method"] == method].groupby(radius)["value"].mean()
+        own = curves[curves["method"] == method].groupby(x)["value"].mean()
         axis.plot(own.index, 100 * own, color=colour, linestyle=look.dash(method), lw=1.6)
 
 

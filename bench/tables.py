@@ -24,11 +24,12 @@ from bench.statistics import (
 
 KEY = ["method", "label", "family", "sigma", "seed"]
 LEADERBOARD_STEPS = 4
+VOTE_SHARES = 101
 Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
 def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], folder: Path) -> None:
-    """Write certified_accuracy and its kin, summary, per_class, paired and cost, leaderboard.md.
+    """Write certified_accuracy and its kin, summary and the other tables, leaderboard.md.
 
     Raises:
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
@@ -47,6 +48,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         "pooled": pooled(curves),
         "summary": summary,
         "per_class": pd.concat([_per_class(experiment, p, log) for p, log in read]),
+        "vote_shares": pd.concat([_vote_shares(experiment, p, log) for p, log in read]),
         "paired": _paired(read),
         "cost": cost,
     }
@@ -133,6 +135,21 @@ def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFra
     table = pd.concat(parts, ignore_index=True)
     columns = [*named, "class"]
     return table[[*columns, *table.columns.drop(columns)]]
+
+
+def _vote_shares(
+    experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
+) -> pd.DataFrame:
+    """Share of images `value` whose true class got at most a share `p_a` of the votes.
+
+    p_A is estimated by n_a / n; of images whose candidate is another class it counts as 0.
+    """
+    right = (log["candidate"] == log["label"]) & (log["n"] > 0)
+    shares = np.sort(np.where(right, log["n_a"] / log["n"].clip(lower=1), 0.0))
+    grid = np.linspace(0, 1, VOTE_SHARES)
+    at_most = np.searchsorted(shares, grid, side="right") / len(log)
+    named = names_of(experiment, protocol)
+    return pd.DataFrame({**named, "p_a": grid, "value": at_most, "n_images": len(log)})
 
 
 def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

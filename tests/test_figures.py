@@ -32,6 +32,7 @@ NAMES = (
     "accuracy_vs_compute",
     "base_and_smoothed",
     "per_class",
+    "vote_shares",
 )
 
 
@@ -46,7 +47,7 @@ def experiment(smoke: Experiment) -> Experiment:
 def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> Path:
     """Made-up tables of that experiment."""
     folder = tmp_path_factory.mktemp("tables")
-    curves, costs, summary, classes = [], [], [], []
+    curves, costs, summary, classes, shares = [], [], [], [], []
     for place, (name, method) in enumerate(experiment.methods.items()):
         for sigma in SIGMAS:
             named = {"method": name, "label": method.label, "family": method.family}
@@ -62,6 +63,9 @@ def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> 
             costs.append({**point, "trainable_parameters": trained, **flops})
             right = {"smoothed_accuracy": hits[0] / 500, "abstention": 0.1}
             summary.append({**point, **right, "clean_accuracy": 0.95, "noisy_accuracy": 0.5})
+            votes = np.linspace(0, 1, 101)
+            at_most = votes ** (3 - place / 10) * (1 - hits[0] / 500) + (votes == 1) * hits[0] / 500
+            shares.append(pd.DataFrame({**point, "p_a": votes, "value": at_most, "n_images": 500}))
             for label, multiple in itertools.product(range(10), (0, 0.5, 1, 1.5)):
                 cell = {"class": label, "radius": multiple * sigma, "value": label / 10}
                 classes.append({**point, **cell, "n_images": 9})
@@ -69,6 +73,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> 
     pd.DataFrame(costs).to_csv(folder / "cost.csv", index=False)
     pd.DataFrame(summary).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame(classes).to_csv(folder / "per_class.csv", index=False)
+    pd.concat(shares).to_csv(folder / "vote_shares.csv", index=False)
     return folder
 
 

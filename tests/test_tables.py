@@ -33,6 +33,7 @@ def log_rows(radii: list[float]) -> list[dict[str, Any]]:
             "n_a": 90,
             "p_a_lower": 0.8,
             "n": 100,
+            "candidate": 2 if predict == 2 else 1,
             "n0": 10,
             "n0_label": 6,
             "clean_predict": 1 if predict != 2 else 2,
@@ -156,6 +157,15 @@ def test_classes_share_out_the_images(tmp_path: Path, results: Results) -> None:
     )
     weighted = (lora["value"] * lora["n_images"]).groupby(lora["radius"]).sum() / 4
     assert weighted.tolist() == pytest.approx(curve["value"].tolist())
+
+
+def test_vote_shares_count_votes_of_the_true_class_alone(tables: Path) -> None:
+    table = pd.read_csv(tables / "vote_shares.csv")
+    lora = table.query("method == 'lora' and sigma == 0.5").set_index("p_a")["value"]
+    # 90 of 100 votes for three images, one of them abstained; the fourth has another candidate.
+    assert set(lora[lora.index < 0.9]) == {0.25}
+    assert set(lora[lora.index >= 0.9]) == {1.0}
+    assert (lora.index[0], lora.index[-1]) == (0, 1)
 
 
 def test_pooling_one_seed_changes_nothing_and_says_so(tables: Path) -> None:

@@ -32,6 +32,11 @@ rule figures:
             category="Figures",
             caption="../report/per_class_figure.rst",
         ),
+        shares=report(
+            multiext(f"{FIGURES}/vote_shares", ".svg", ".png"),
+            category="Figures",
+            caption="../report/vote_shares.rst",
+        ),
         resolution=(
             report(
                 multiext(f"{FIGURES}/noise_resolution", ".svg", ".png"),

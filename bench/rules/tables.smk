@@ -42,6 +42,11 @@ rule tables:
             category="Tables",
             caption="../report/per_class.rst",
         ),
+        vote_shares=report(
+            f"{TABLES}/vote_shares.csv",
+            category="Tables",
+            caption="../report/vote_shares.rst",
+        ),
         paired=report(
             f"{TABLES}/paired.csv", category="Tables", caption="../report/paired.rst"
         ),
