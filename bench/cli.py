@@ -382,10 +382,14 @@ def overview(
 
 @app.command()
 def compare(a: Path, b: Path) -> None:
-    """Tell whether two result folders agree within their joint 95 % intervals."""
-    from bench.compare import agree, compare_results
+    """Tell whether two result folders, or one and a CSV of published results, agree.
 
-    frame = compare_results(a, b)
+    They do within their joint 95 % intervals.
+    """
+    from bench.compare import agree, compare_results
+    from bench.published import compare_with_published
+
+    frame = compare_with_published(a, b) if b.is_file() else compare_results(a, b)
     wrong = frame[~frame["agrees"]]
     if agree(frame):
         typer.echo(f"agree: all {len(frame)} comparisons lie within their joint intervals")

@@ -12,7 +12,12 @@ from bench.statistics import accuracy_interval, independent_difference_interval
 POINT = ["method", "sigma", "seed"]
 
 
-def _read(folder: Path, name: str) -> pd.DataFrame:
+def read_table(folder: Path, name: str) -> pd.DataFrame:
+    """A table of a result folder.
+
+    Raises:
+        BenchError: it has none of that name.
+    """
     for path in (folder / "tables" / name, folder / name):
         if path.exists():
             return pd.read_csv(path)
@@ -20,7 +25,9 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def _joined(a: Path, b: Path, name: str, keys: list[str]) -> pd.DataFrame:
-    return _read(a, name).merge(_read(b, name), on=keys, how="outer", suffixes=("_a", "_b"))
+    return read_table(a, name).merge(
+        read_table(b, name), on=keys, how="outer", suffixes=("_a", "_b")
+    )
 
 
 def compare_results(a: Path, b: Path) -> pd.DataFrame:

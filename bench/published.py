@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.compare import joint_half_width
+from bench.compare import POINT, joint_half_width, read_table
 from bench.config import Experiment
 from bench.errors import BenchError
 from bench.files import atomic_write
 from bench.statistics import accuracy_interval
 
-OWN = ["method", "label", "sigma", "seed", "radius", "value", "low", "high", "n_images"]
-THEIRS = ["reported", "reported_low", "reported_high", "reported_n_images", "paper", "source"]
+OWN = [*POINT, "label", "radius", "value", "low", "high", "n_images"]
+REPORTED = ["reported", "reported_low", "reported_high", "reported_n_images"]
+THEIRS = ["published", *REPORTED, "paper", "source"]
 # Radii in files are decimal fractions; this is far below their spacing.
 DECIMALS = 6
 
@@ -39,26 +40,58 @@ def build_published(
     for method, sigma, seed in experiment.points():
         name = experiment.methods[method].published
         if name is not None:
-            same = (everything["method"] == name) & np.isclose(everything["sigma"], sigma)
-            if not same.any():
+            own = curves[(curves[POINT] == [method, sigma, seed]).all(axis=1)]
+            try:
+                reported = _reported(everything, name, sigma)
+            except KeyError:
                 raise BenchError(
                     f"methods.{method}.published: {published} has no {name!r} at sigma {sigma}"
-                )
-            own = curves[(curves[["method", "sigma", "seed"]] == [method, sigma, seed]).all(axis=1)]
-            parts.append(_side_by_side(own, _reported(everything[same])))
+                ) from None
+            parts.append(_side_by_side(own, reported))
     table = pd.concat(parts, ignore_index=True)
     with atomic_write(output) as temporary:
         table.to_csv(temporary, index=False)
     return table
 
 
-def _reported(rows: pd.DataFrame) -> pd.DataFrame:
-    """Published rows with the intervals that their numbers of images give."""
+def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
+    """The results in `folder` against the numbers that its methods name, as `compare_results`.
+
+    Raises:
+        BenchError: no method of `folder` names a published one, or `published` lacks it.
+    """
+    curves = read_table(folder, "certified_accuracy.csv")
+    named = read_table(folder, "published.csv").drop_duplicates(POINT)
+    everything, parts = pd.read_csv(published), []
+    for row in named.to_dict("records"):
+        own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]
+        name, sigma = row["published"], row["sigma"]
+        try:
+            parts.append(_side_by_side(own, _reported(everything, name, sigma)))
+        except KeyError:
+            raise BenchError(f"{published} has no {name!r} at sigma {sigma}") from None
+    table = pd.concat(parts, ignore_index=True).assign(quantity="certified_accuracy")
+    table = table.rename(columns={"value": "a", "reported": "b", "within": "agrees"})
+    return table[
+        [*POINT, "radius", "quantity", "a", "b", "difference", "joint_half_width", "agrees"]
+    ]
+
+
+def _reported(everything: pd.DataFrame, name: str, sigma: float) -> pd.DataFrame:
+    """Published rows of a method with the intervals that their numbers of images give.
+
+    Raises:
+        KeyError: there are none.
+    """
+    rows = everything[(everything["method"] == name) & np.isclose(everything["sigma"], sigma)]
+    if rows.empty:
+        raise KeyError(name)
     values = rows["certified_accuracy_percent"] / 100
     low, high = accuracy_interval(values * rows["n_images"], rows["n_images"])
     return pd.DataFrame(
         {
             "radius": rows["radius"].round(DECIMALS),
+            "published": name,
             "reported": values,
             "reported_low": low,
             "reported_high": high,
@@ -83,9 +116,7 @@ def _side_by_side(own: pd.DataFrame, reported: pd.DataFrame) -> pd.DataFrame:
     names = {name: own[name].iloc[0] for name in ("method", "label", "sigma", "seed")}
     table = table.fillna({**beyond, **names})
     difference = table["value"] - table["reported"]
-    half = joint_half_width(
-        table[["value", "low", "high"]], table[["reported", "reported_low", "reported_high"]]
-    )
+    half = joint_half_width(table[["value", "low", "high"]], table[REPORTED[:3]])
     return table[[*OWN, *THEIRS]].assign(
         difference=difference, joint_half_width=half, within=difference.abs() <= half
     )

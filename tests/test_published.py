@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from bench.cli import app
 from bench.config import Experiment, parse_experiment
 from bench.errors import BenchError
-from bench.published import build_published
+from bench.published import build_published, compare_with_published
 from bench.statistics import accuracy_interval
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
@@ -56,6 +58,22 @@ def test_the_published_numbers_agree_with_themselves_and_not_with_worse_ones(exp
     assert not table.loc[table["radius"].isin(worse), "within"].any()
     assert table["difference"].iloc[0] == pytest.approx(-0.06, abs=0.002)
     pd.testing.assert_frame_equal(table, pd.read_csv(tmp_path / "b.csv"))
+
+
+def test_a_result_folder_is_compared_with_published_results(experiment, tmp_path):
+    theirs, tables = reported(), tmp_path / "tables"
+    tables.mkdir()
+    for fall, agreeing in ((0.0, True), (0.06, False)):
+        values = {radius: max(share - fall, 0.0) for radius, share in theirs.items()}
+        own = curve(tmp_path, values).rename(tables / "certified_accuracy.csv")
+        build_published(experiment, own, PUBLISHED, tables / "published.csv")
+        result = CliRunner().invoke(app, ["compare", str(tmp_path), str(PUBLISHED)])
+        assert (result.exception is None) == agreeing
+    assert "disagree" in str(result.exception)
+    other = tmp_path / "other.csv"
+    pd.read_csv(PUBLISHED).query("sigma == 1").to_csv(other, index=False)
+    with pytest.raises(BenchError, match=r"other\.csv has no 'Gaussian augmentation"):
+        compare_with_published(tmp_path, other)
 
 
 def test_a_curve_that_ended_counts_as_zero(experiment, tmp_path):
