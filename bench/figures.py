@@ -28,7 +28,10 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "legend.frameon": False,
 }
-HUES = ["Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"]
+HUES = [
+    *("Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"),
+    *("light:teal", "light:saddlebrown", "light:deeppink", "light:olive"),
+]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
