@@ -35,6 +35,7 @@ HUES = [
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
+LEGEND_LINE = 0.2  # inches
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
 PUBLISHED_LABEL = "published (LeNet, N = 100,000)"
@@ -124,7 +125,7 @@ def _panels(
 ) -> tuple[Figure, list[Axes]]:
     """Panels with a column per sigma, row by row."""
     count = len(experiment.sigmas)
-    size = (3.4 * count + 2.9, 4.2 * rows)
+    size = (3.4 * count + 2.9, max(4.2 * rows, LEGEND_LINE * (len(legend) + 2)))
     figure, axes = plt.subplots(
         rows, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )

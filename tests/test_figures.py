@@ -20,6 +20,7 @@ from bench.figures import (
     _classes,
     _conventions,
     _join_families,
+    _vote_shares,
     draw_figures,
 )
 from bench.statistics import accuracy_interval
@@ -197,6 +198,20 @@ def test_smoothed_answers_share_out_the_images(tables: Path, experiment: Experim
         assert [name for name, gone in zip(experiment.methods, missing, strict=True) if gone] == [
             "lora"
         ]
+
+
+@pytest.mark.parametrize("methods", [2, 30])
+def test_legends_fit_into_their_figures(experiment: Experiment, methods: int) -> None:
+    shares = pd.DataFrame(
+        {"method": f"m{place}", "label": f"method {place}", "family": "f", "sigma": sigma}
+        | {"p_a": p_a, "value": p_a}
+        for place, sigma, p_a in itertools.product(range(methods), SIGMAS, (0, 1))
+    )
+    figure = _vote_shares(experiment, shares, Look(shares))
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    plt.close(figure)
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
 
 
 def test_classes_are_shown_at_radius_zero_and_sigma(tables: Path, experiment: Experiment) -> None:
