@@ -320,8 +320,10 @@ def test_the_readme_counts_the_committed_verdicts(reference):
 
 def test_verdicts_on_the_reference_are_what_its_numbers_say(reference):
     ran = reference[reference["reason"] != "not run"]
-    assert set(ran["experiment"]) == {"quick", "cifar10", "imagenet"}
-    assert set(ran.loc[ran["experiment"] != "quick", "kind"]) == {"accounting_ratio_at_least"}
+    measured = {path.name for path in REFERENCE.iterdir() if path.is_dir()}
+    assert set(ran["experiment"]) - measured == {"cifar10", "imagenet"}
+    counts = ran.loc[~ran["experiment"].isin(measured), "kind"]
+    assert set(counts) == {"accounting_ratio_at_least"}
     verdicts = ran[ran["experiment"] == "quick"].groupby("claim")["verdict"].agg(list)
     # README: LoRA is at most level with the small DnCNN, which trains 10 k weights, not 500 k.
     assert verdicts["over_cnn_denoiser_by_20"] == ["contradicted"] * 3
