@@ -228,8 +228,10 @@ def _attack_on(
         raise BenchError(
             f"{model}: a served model shows no gradients: leave it out of attack.methods"
         )
-    gradients = load_classifier(model).requires_grad_(False).to(images.device)
-    answers = copy.deepcopy(gradients).for_inference(protocol["precision"])
+    gradients = load_classifier(model).requires_grad_(False)
+    # As for certification, it is prepared before it is moved: devices round differently.
+    answers = copy.deepcopy(gradients).for_inference(protocol["precision"]).to(images.device)
+    gradients.to(images.device)
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(gradients, images.device.type != "cpu")
     if settings.compile:

@@ -140,13 +140,13 @@ def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFra
 def _vote_shares(
     experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame
 ) -> pd.DataFrame:
-    """Share of images `value` whose true class got at most a share `p_a` of the votes.
+    """Share of images `value` whose true class has a p_A of at most `p_a`.
 
-    p_A is estimated by n_a / n; of images whose candidate is another class it counts as 0.
+    p_A is estimated by n_a / n; where another class is the candidate it counts as 0.
     """
     right = (log["candidate"] == log["label"]) & (log["n"] > 0)
     shares = np.sort(np.where(right, log["n_a"] / log["n"].clip(lower=1), 0.0))
-    grid = np.linspace(0, 1, VOTE_SHARES)
+    grid = np.arange(VOTE_SHARES) / (VOTE_SHARES - 1)  # decimal fractions, as far as floats are
     at_most = np.searchsorted(shares, grid, side="right") / len(log)
     named = names_of(experiment, protocol)
     return pd.DataFrame({**named, "p_a": grid, "value": at_most, "n_images": len(log)})

@@ -83,8 +83,12 @@ def test_what_is_certified_of_cnn_denoisers_is_what_was_trained(kind, precision,
     denoiser, pixels = cnn_denoiser(kind), torch.rand(3, 2, 9, 7)
     plain = denoiser(pixels)
     assert (plain - pixels).abs().mean() > 0.05
+    network = nn.Linear(1, 1)
+    network.get_classifier = lambda: network
+    classifier = Classifier(network, (0.5, 0.5), (0.2, 0.2), denoiser=denoiser)
     for _ in range(2):  # it may have been prepared before
-        denoiser.for_inference(precision)
+        classifier.for_inference(precision)
+        assert not any(part.training for part in classifier.modules())  # `certify` refuses it
         certified = denoiser(pixels)
         assert certified.dtype == torch.float32
         assert (certified - plain).abs().max() < apart

@@ -30,7 +30,7 @@ class DnCNN(nn.Module):
     def for_inference(self, precision: str) -> None:
         """Put normalisations into the convolutions before them, and those in `precision`.
 
-        The subtraction stays in float32.
+        The subtraction stays in float32. It must be in evaluation mode, with fixed normalisations.
         """
         layers: list[nn.Module] = []
         for layer in self.layers:
@@ -39,7 +39,7 @@ class DnCNN(nn.Module):
                 layers.append(fuse_conv_bn_eval(convolution, layer))
             else:
                 layers.append(layer)
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers).train(self.training)
         if precision == "bfloat16":
             self.layers.bfloat16()
         self.layers.to(memory_format=torch.channels_last)  # on CPUs twice as fast
