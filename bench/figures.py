@@ -38,7 +38,6 @@ MOST_LABELS = 20
 LEGEND_LINE = 0.2  # inches
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
-PUBLISHED_LABEL = "published (LeNet, N = 100,000)"
 
 
 class Look:
@@ -141,8 +140,10 @@ def _curves(
     experiment: Experiment, accuracy: pd.DataFrame, reported: pd.DataFrame, look: Look
 ) -> Figure:
     """Certified accuracy against radius; 95 % intervals are in the table: bands would overlap."""
-    grey = Line2D([], [], color="0.7", linewidth=0.8, label=PUBLISHED_LABEL)
-    legend = look.handles(lines=True) + ([grey] if len(reported) else [])
+    legend = look.handles(lines=True)
+    if len(reported):
+        label = f"published ({', '.join(reported['backbone'].dropna().unique())})"
+        legend.append(Line2D([], [], color="0.7", linewidth=0.8, label=label))
     figure, axes = _panels(experiment, legend)
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
         if len(reported):

@@ -41,12 +41,11 @@ def build_published(
         name = experiment.methods[method].published
         if name is not None:
             own = curves[(curves[POINT] == [method, sigma, seed]).all(axis=1)]
-            try:
-                reported = _reported(everything, name, sigma)
-            except KeyError:
+            reported = _reported(everything, name, sigma)
+            if reported.empty:
                 raise BenchError(
                     f"methods.{method}.published: {published} has no {name!r} at sigma {sigma}"
-                ) from None
+                )
             parts.append(_side_by_side(own, reported))
     table = pd.concat(parts, ignore_index=True)
     with atomic_write(output) as temporary:
@@ -61,15 +60,21 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
         BenchError: no method of `folder` names a published one, or `published` lacks it.
     """
     curves = read_table(folder, "certified_accuracy.csv")
-    named = read_table(folder, "published.csv").drop_duplicates(POINT)
+    try:
+        named = read_table(folder, "published.csv")[[*POINT, "published"]].drop_duplicates()
+    except (BenchError, KeyError):
+        raise BenchError(
+            f"{folder} does not say what its methods reproduce: set methods.NAME.published in the "
+            "experiment and run it again"
+        ) from None
     everything, parts = pd.read_csv(published), []
     for row in named.to_dict("records"):
         own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]
         name, sigma = row["published"], row["sigma"]
-        try:
-            parts.append(_side_by_side(own, _reported(everything, name, sigma)))
-        except KeyError:
-            raise BenchError(f"{published} has no {name!r} at sigma {sigma}") from None
+        reported = _reported(everything, name, sigma)
+        if own.empty or reported.empty:
+            raise BenchError(f"{folder if own.empty else published} has no {name!r} at {sigma = }")
+        parts.append(_side_by_side(own, reported))
     table = pd.concat(parts, ignore_index=True).assign(quantity="certified_accuracy")
     table = table.rename(columns={"value": "a", "reported": "b", "within": "agrees"})
     return table[
@@ -78,14 +83,8 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
 
 
 def _reported(everything: pd.DataFrame, name: str, sigma: float) -> pd.DataFrame:
-    """Published rows of a method with the intervals that their numbers of images give.
-
-    Raises:
-        KeyError: there are none.
-    """
+    """Published rows of a method with the intervals that their numbers of images give."""
     rows = everything[(everything["method"] == name) & np.isclose(everything["sigma"], sigma)]
-    if rows.empty:
-        raise KeyError(name)
     values = rows["certified_accuracy_percent"] / 100
     low, high = accuracy_interval(values * rows["n_images"], rows["n_images"])
     return pd.DataFrame(

@@ -74,6 +74,9 @@ def test_a_result_folder_is_compared_with_published_results(experiment, tmp_path
     pd.read_csv(PUBLISHED).query("sigma == 1").to_csv(other, index=False)
     with pytest.raises(BenchError, match=r"other\.csv has no 'Gaussian augmentation"):
         compare_with_published(tmp_path, other)
+    (tables / "published.csv").unlink()
+    with pytest.raises(BenchError, match=r"set methods\.NAME\.published"):
+        compare_with_published(tmp_path, PUBLISHED)
 
 
 def test_a_curve_that_ended_counts_as_zero(experiment, tmp_path):
