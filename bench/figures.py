@@ -29,8 +29,16 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 HUES = [
-    *("Greys", "Blues", "Oranges", "Greens", "Purples", "Reds"),
-    *("light:teal", "light:saddlebrown", "light:deeppink", "light:olive"),
+    "Greys",
+    "Blues",
+    "Oranges",
+    "Greens",
+    "Purples",
+    "Reds",
+    "light:teal",
+    "light:saddlebrown",
+    "light:deeppink",
+    "light:olive",
 ]
 DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]

@@ -72,8 +72,10 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
         own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]
         name, sigma = row["published"], row["sigma"]
         reported = _reported(everything, name, sigma)
-        if own.empty or reported.empty:
-            raise BenchError(f"{folder if own.empty else published} has no {name!r} at {sigma = }")
+        if own.empty:
+            raise BenchError(f"{folder} has no {row['method']!r} at sigma {sigma}: run it again")
+        if reported.empty:
+            raise BenchError(f"{published} has no {name!r} at sigma {sigma}")
         parts.append(_side_by_side(own, reported))
     table = pd.concat(parts, ignore_index=True).assign(quantity="certified_accuracy")
     table = table.rename(columns={"value": "a", "reported": "b", "within": "agrees"})
