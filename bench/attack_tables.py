@@ -111,8 +111,9 @@ def soundness(log: pd.DataFrame, certificate_alpha: float, alpha: float) -> dict
     of broken certificates is at most binomial over all images, certified or not.
 
     Returns:
-        `n_images, certificates, attacks` within their radii, `broken`, `allowed` (more has
-        probability below 0.001) and `p_value` of that many or more.
+        `n_images, certificates, attacks` within their radii, the `predictions` there (clean
+        images have one too), `broken`, `allowed` (more has probability below 0.001) and `p_value`
+        of that many or more.
     """
     claimed = (log["certified"] != ABSTAIN) & (log["certified_radius"] > 0)
     inside = log[claimed & (log["radius"] <= log["certified_radius"])]
@@ -123,7 +124,8 @@ def soundness(log: pd.DataFrame, certificate_alpha: float, alpha: float) -> dict
     return {
         "n_images": images,
         "certificates": inside["idx"].nunique(),
-        "attacks": len(inside),
+        "attacks": int((inside["radius"] > 0).sum()),
+        "predictions": len(inside),
         "broken": broken,
         "allowed": int(binom.isf(LEVEL, images, rate)),
         "p_value": float(binom.sf(broken - 1, images, rate)),

@@ -15,7 +15,8 @@ from bench.smoothing.log import read_protocol
 CLAIMS = """
 `paper` readings are of the paper's own experiments, `transferred` ones of like claims on
 experiments that ran here. A reading is supported if its whole 95 % interval satisfies the claim,
-contradicted if none of it does, else undecided. claims.csv_ has the evidence and the sources.
+contradicted if none of it does, else undecided; readings are not corrected for their number, so
+of many true ones some look false. claims.csv_ has the evidence and the sources.
 """
 BOARD = """
 Share of test images, in %, that are answered correctly with a certified l2 radius of at least r,

@@ -41,11 +41,15 @@ def average_certified_radius(log: pd.DataFrame) -> float:
 
 
 def average_radius_interval(log: pd.DataFrame) -> tuple[float, float]:
-    """Percentile bootstrap interval of the average certified radius; nan for a single image."""
-    if len(log) < 2:
+    """Percentile bootstrap interval of the average certified radius.
+
+    It is nan where all images have one radius: drawing from them again says nothing of others.
+    """
+    radii = log["radius"] * log["correct"]
+    if radii.nunique() < 2:
         return np.nan, np.nan
     interval = bootstrap(
-        (log["radius"] * log["correct"],),
+        (radii,),
         np.mean,
         confidence_level=CONFIDENCE,
         method="percentile",

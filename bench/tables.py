@@ -49,7 +49,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         "summary": summary,
         "per_class": pd.concat([_per_class(experiment, p, log) for p, log in read]),
         "vote_shares": pd.concat([_vote_shares(experiment, p, log) for p, log in read]),
-        "paired": _paired(read),
+        "paired": _paired(experiment, read),
         "cost": cost,
     }
     with locked(folder):
@@ -57,7 +57,7 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
             with atomic_write(folder / f"{name}.csv") as temporary:
                 table.to_csv(temporary, index=False)
         with atomic_write(folder / "leaderboard.md") as temporary:
-            temporary.write_text(leaderboard(curves))
+            temporary.write_text(leaderboard(curves, experiment.radius_step))
 
 
 def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -106,7 +106,7 @@ def _curve(
     """Certified accuracy on one grid for all methods of a sigma."""
     sigma = protocol["sigma"]
     highest = max(frame["radius"].max() for p, frame in everything if p["sigma"] == sigma)
-    shown = max(highest, *leaderboard_radii(sigma))
+    shown = max(highest, *leaderboard_radii(sigma, experiment.radius_step))
     steps = int(np.ceil(shown / experiment.radius_step))
     curve = certified_accuracy(
         log, radius_grid(experiment.radius_step, steps * experiment.radius_step)
@@ -119,14 +119,19 @@ def _curve(
     return ordered.assign(noise_resolution=resolution, native_radius=native_radius)
 
 
-def leaderboard_radii(sigma: float) -> list[float]:
-    """0, sigma / 2, sigma and 3 sigma / 2: where methods are set against each other."""
-    return [step * sigma / 2 for step in range(LEADERBOARD_STEPS)]
+def leaderboard_radii(sigma: float, radius_step: float) -> list[float]:
+    """0, sigma / 2, sigma and 3 sigma / 2: where methods are set against each other.
+
+    Only those on the grid of radii: between its points there is nothing that was decided.
+    """
+    radii = np.round(np.arange(LEADERBOARD_STEPS) * sigma / 2, 10)
+    steps = radii / radius_step
+    return [float(radius) for radius in radii[np.isclose(steps, steps.round())]]
 
 
 def _per_class(experiment: Experiment, protocol: dict[str, Any], log: pd.DataFrame) -> pd.DataFrame:
     """Certified accuracy over the images of each true class, at the radii of the leaderboard."""
-    radii = leaderboard_radii(protocol["sigma"])
+    radii = leaderboard_radii(protocol["sigma"], experiment.radius_step)
     named = names_of(experiment, protocol)
     parts = [
         certified_accuracy(part, radii).assign(**named, **{"class": label})
@@ -152,16 +157,25 @@ def _vote_shares(
     return pd.DataFrame({**named, "p_a": grid, "value": at_most, "n_images": len(log)})
 
 
-def _paired(everything: list[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:
-    """Every pair of methods on the same images, at the radii of the leaderboard."""
+def _paired(
+    experiment: Experiment, everything: list[tuple[dict[str, Any], pd.DataFrame]]
+) -> pd.DataFrame:
+    """Every pair of methods on the same images, at the radii of the leaderboard.
+
+    Where the two have their noise at different resolutions, each has its radius in its own pixels.
+    """
     groups: dict[tuple[float, int], dict[str, pd.DataFrame]] = {}
     for protocol, log in everything:
         group = groups.setdefault((protocol["sigma"], protocol["seed"]), {})
         group[protocol["method"]] = log
     tables = []
     for (sigma, seed), logs in sorted(groups.items()):
-        tables.append(paired_tests(logs, leaderboard_radii(sigma)).assign(sigma=sigma, seed=seed))
+        radii = leaderboard_radii(sigma, experiment.radius_step)
+        tables.append(paired_tests(logs, radii).assign(sigma=sigma, seed=seed))
     table = pd.concat(tables, ignore_index=True)
+    for side in ("a", "b"):
+        methods = table[f"method_{side}"].map(experiment.methods.__getitem__)
+        table[f"noise_resolution_{side}"] = [method.noise_resolution for method in methods]
     return table[[*PAIR, *table.columns.drop(PAIR)]]
 
 
@@ -217,6 +231,7 @@ def _summary_row(
     return row | {
         # Of the pilot alone: later draws stop early where the answer is clear.
         "noisy_accuracy": log["n0_label"].sum() / log["n0"].sum() if log["n0"].any() else np.nan,
+        "radius_step": experiment.radius_step,
         "abstention": float((log["predict"] == -1).mean()),
         "average_certified_radius": average_certified_radius(log),
         "acr_low": acr_low,
@@ -248,15 +263,13 @@ def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:
     return {**names_of(experiment, cost), "trainable_without_head": without, **rest}
 
 
-def leaderboard(curves: pd.DataFrame) -> str:
-    """Markdown table of certified accuracy (%) at 0, s/2, s, 3s/2 for each sigma s, first seed."""
+def leaderboard(curves: pd.DataFrame, radius_step: float) -> str:
+    """Markdown table of certified accuracy (%) at the leaderboard's radii, first seed."""
     first = curves[curves["seed"] == curves["seed"].min()]
     columns = {}
     for sigma, part in first.groupby("sigma"):
-        grid = np.sort(part["radius"].unique())
-        for wanted in leaderboard_radii(float(sigma)):
-            radius = grid[np.abs(grid - wanted).argmin()]
-            at = part[part["radius"] == radius].set_index("label")["value"]
+        for radius in leaderboard_radii(float(sigma), radius_step):
+            at = part[np.isclose(part["radius"], radius)].set_index("label")["value"]
             columns[f"σ={sigma:g}, r={radius:g}"] = (100 * at).map("{:.1f}".format)
     table = pd.DataFrame(columns).reindex(first["label"].unique())
     lines = ["| method | " + " | ".join(table.columns) + " |"]

@@ -66,6 +66,13 @@ def test_the_cap_allows_for_the_printed_digits(tmp_path: Path, radius: str, abov
     assert any("cap" in finding for finding in found(tmp_path, rows)) == above
 
 
+def test_an_alpha_over_the_data_set_leaves_each_image_its_part(tmp_path: Path) -> None:
+    sidecar = {"sigma": 0.25, "alpha": 0.001, "alpha_per_image": 1e-5, "n": 1000}
+    (tmp_path / "log.json").write_text(json.dumps(sidecar))
+    assert claim_of(tmp_path / "log.tsv").alpha == 1e-5
+    assert claim_of(tmp_path / "log.tsv", alpha=0.01).alpha == 0.01
+
+
 def test_equal_votes_lie_at_the_cap(tmp_path: Path) -> None:
     for n in (100, 1000, 100_000):
         radius = certified_radius(p_a_lower(n, n, 0.001), 0.25)

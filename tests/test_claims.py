@@ -131,6 +131,15 @@ def test_equivalence_needs_both_sides(tables, only_lora, only_cnn, verdict):
     assert judge(tables, EQUAL)["verdict"] == verdict
 
 
+@pytest.mark.parametrize(("rival", "reason"), [(0.8, ""), (0.82, "out of reach")])
+def test_what_no_method_could_reach_is_told_from_what_this_one_did_not(tables, rival, reason):
+    write_curves(tables, {"lora": 0.5, "cnn": rival})
+    write_pairs(tables, ("lora", "other", 0, 0))
+    row = judge(tables, {**ABOVE, "value": 0.2})
+    assert row["verdict"] == "contradicted"
+    assert row["reason"] == reason or (pd.isna(row["reason"]) and not reason)
+
+
 def test_a_pair_that_the_table_lacks_is_independent_and_wider(tables):
     paired = judge(tables, ABOVE)
     write_pairs(tables, ("cnn", "other", 0, 80))

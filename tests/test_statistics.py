@@ -76,11 +76,12 @@ def test_the_average_radius_is_covered_and_by_half_the_interval_not() -> None:
     assert average_radius_coverage(0.5) < 0.8
 
 
-def test_the_average_radius_interval_repeats_and_needs_two_images() -> None:
+def test_the_average_radius_interval_repeats_and_needs_two_radii() -> None:
     low, high = average_radius_interval(LOG)
     assert (low, high) == average_radius_interval(LOG)
     assert 0 <= low < 0.75 / 4 < high <= 0.5
     assert np.isnan(average_radius_interval(LOG.iloc[:1])).all()
+    assert np.isnan(average_radius_interval(LOG.assign(correct=0))).all()
 
 
 def test_independent_difference_is_newcombes_published_example() -> None:

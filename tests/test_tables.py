@@ -11,7 +11,7 @@ from bench.config import Experiment
 from bench.errors import BenchError
 from bench.smoothing.log import write_log
 from bench.statistics import pool_seeds
-from bench.tables import build_tables, pooled
+from bench.tables import build_tables, leaderboard_radii, pooled
 
 SIGMAS = [0.25, 0.5]
 METHODS = ["undefended", "lora"]
@@ -214,6 +214,33 @@ def test_leaderboard_is_a_markdown_table(tables: Path) -> None:
     stage="tables",
     outcome="refused: names method, sigma and seed",
 )
+@pytest.mark.parametrize(
+    ("sigma", "step", "radii"),
+    [
+        (0.5, 0.125, [0, 0.25, 0.5, 0.75]),
+        (0.25, 0.25, [0, 0.25]),
+        (0.25, 0.1, [0]),
+        (0.2, 0.05, [0, 0.1, 0.2, 0.3]),  # 3 * 0.2 / 2 is above the float of 0.3
+    ],
+)
+def test_methods_are_compared_where_radii_were_decided(
+    sigma: float, step: float, radii: list[float]
+) -> None:
+    assert leaderboard_radii(sigma, step) == radii
+
+
+def test_pairs_say_where_each_has_its_noise(tmp_path: Path, results: Results) -> None:
+    experiment, *written = results
+    methods = dict(experiment.methods)
+    methods["lora"] = methods["lora"].model_copy(update={"noise_resolution": "model"})
+    build_tables(experiment.model_copy(update={"methods": methods}), *written, tmp_path / "mixed")
+    pairs = pd.read_csv(tmp_path / "mixed/paired.csv")
+    for side in ("a", "b"):
+        model = pairs[f"noise_resolution_{side}"] == "model"
+        assert (model == (pairs[f"method_{side}"] == "lora")).all()
+    assert model.any()  # the second of a pair: `undefended` comes first in the experiment
+
+
 @pytest.mark.parametrize("kind", [0, 1])
 def test_a_missing_point_is_named(tmp_path: Path, results: Results, kind: int) -> None:
     results[1:][kind].pop(0)

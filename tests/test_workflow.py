@@ -1,11 +1,5 @@
 """The DAG as users run it: once through, nothing twice, edits rerun what they affect."""
 
-import functools
-import itertools
-import os
-import random
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +9,7 @@ import pytest
 import yaml
 from browser import visit
 from PIL import Image
+from workflow import SMOKE, snakemake
 
 from bench.compare import agree, compare_results
 from bench.errors import BenchError
@@ -22,17 +17,6 @@ from bench.files import read_json, write_json
 from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
-SMOKE = ["--configfile", "config/smoke.yaml"]
-NUMBERS = ["method", "sigma", "seed", "radius", "value", "low", "high"]
-
-
-def snakemake(where: Path, *arguments: str, ok: bool = True) -> str:
-    """Run Snakemake in `where` and return what it said."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    done = subprocess.run(command, cwd=where, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert (done.returncode == 0) == ok, said
-    return said
 
 
 def planned(where: Path, *arguments: str) -> set[str]:
@@ -161,89 +145,6 @@ def test_command_line_overrides_are_refused(done):
     assert "config/smoke.yaml is the whole experiment" in said
 
 
-NEW_RULE = """
-use rule train as train_mine with:
-    input:
-        data=DATA,
-        base=BASE,
-        code=TRAIN_CODE,
-    params:
-        experiment=EXPERIMENT_FILE,
-        program="bench train",
-        base=base_option,
-        expect=planned_training,
-    wildcard_constraints:
-        method=methods_of("mine"),
-"""
-
-
-def test_a_new_folder_and_a_new_entry_reach_the_tables(done):
-    path = done / "config/smoke.yaml"
-    original = path.read_text()
-    values = yaml.safe_load(original)
-    head = values["methods"]["head"]
-    values["methods"]["from_entry"] = {**head, "label": "my entry"}
-    values["methods"]["from_folder"] = {**head, "label": "my folder", "baseline": "mine"}
-    (done / "baselines/mine").mkdir()
-    (done / "baselines/mine/rules.smk").write_text(NEW_RULE)
-    try:
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
-        said = snakemake(done, *SMOKE)
-        assert "train_mine" in said
-        assert "train_denoiser" not in said
-        table = pd.read_csv(done / "results/smoke/tables/certified_accuracy.csv")
-        assert {"my entry", "my folder"} <= set(table["label"])
-        assert "my folder" in (done / "results/smoke/tables/leaderboard.md").read_text()
-    finally:
-        path.write_text(original)
-        shutil.rmtree(done / "baselines/mine")
-        snakemake(done, *SMOKE)
-
-
-@pytest.fixture
-def small(repository):
-    """A copy with a two-method experiment."""
-    path = repository / "config/smoke.yaml"
-    values = yaml.safe_load(path.read_text())
-    kept = ("lora", "gaussian_retraining")
-    values["methods"] = {name: values["methods"][name] for name in kept}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    return repository
-
-
-def numbers(where: Path) -> pd.DataFrame:
-    return pd.read_csv(where / "results/smoke/tables/certified_accuracy.csv")[NUMBERS]
-
-
-@pytest.mark.fault(
-    fault="kill -9 at random moments",
-    stage="every stage, with Snakemake",
-    outcome="a rerun completes with the same tables",
-)
-def test_kills_at_random_moments_change_nothing(small, done):
-    chance = random.Random(20261123)
-    for _ in range(3):
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
-        run = subprocess.Popen(
-            command, cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            run.wait(timeout=chance.uniform(4, 16))
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-    snakemake(small, "--unlock", *SMOKE)
-    snakemake(small, *SMOKE)
-    whole = numbers(done)
-    expected = whole[whole["method"].isin(["lora", "gaussian_retraining"])]
-    left = numbers(small).sort_values(NUMBERS[:4]).reset_index(drop=True)
-    right = expected.sort_values(NUMBERS[:4]).reset_index(drop=True)
-    shared = left.merge(right, on=NUMBERS[:4])
-    assert len(shared) == len(left)
-    assert (shared["value_x"] == shared["value_y"]).all()
-
-
 def bench(where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bench", *arguments]
     return subprocess.run(command, cwd=where, capture_output=True, text=True)
@@ -303,28 +204,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_torn_file(done, tmp_path):
     pd.testing.assert_frame_equal(left, right)
 
 
-@pytest.mark.fault(
-    fault="two runs in one folder",
-    stage="every stage, with Snakemake",
-    outcome="the second ends at once and changes nothing; the first completes",
-)
-def test_a_second_run_in_one_folder_is_refused(done):
-    path = done / "results/smoke/tables/certified_accuracy.csv"
-    before = path.read_bytes()
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--forcerun", "tables"]
-    first = subprocess.Popen(
-        [*command, "--until", "tables", *SMOKE], cwd=done, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    said = "".join(itertools.takewhile(lambda line: "rule tables:" not in line, first.stderr))
-    second = snakemake(done, "--forcerun", "tables", *SMOKE, ok=False)
-    assert "cannot be locked" in second or "Unable to lock" in second
-    said += first.communicate()[1]
-    assert first.returncode == 0, said
-    assert path.read_bytes() == before
-    snakemake(done, *SMOKE)
-
-
 def test_a_result_folder_agrees_with_itself(done):
     assert agree(compare_results(done / "results/smoke", done / "results/smoke"))
 
@@ -340,36 +219,6 @@ def test_scratch_and_a_base_exclude_each_other(done, tmp_path):
         assert answer.returncode == 1
         assert "exclude each other" in answer.stderr
         assert "Traceback" not in answer.stderr
-
-
-@pytest.mark.fault(
-    fault="Ctrl-C",
-    stage="pretrain, with Snakemake",
-    outcome="ends without a traceback; a rerun completes with the same tables",
-)
-def test_ctrl_c_stops_cleanly_and_a_rerun_completes(small, done):
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
-    run = subprocess.Popen(
-        command, cwd=small, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-        # A shell without job control has its background jobs, and these tests, ignore Ctrl-C.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    started = itertools.takewhile(lambda line: "rule pretrain:" not in line, run.stderr)
-    before = "".join(started)
-    # Snakemake misses a signal in the instant in which it submits a job; the job takes longer.
-    with pytest.raises(subprocess.TimeoutExpired):
-        run.wait(timeout=2)
-    # A terminal sends it to the whole group.
-    os.killpg(run.pid, signal.SIGINT)
-    said = before + run.stderr.read()
-    run.wait()
-    assert run.returncode != 0
-    assert "Traceback" not in said
-    snakemake(small, *SMOKE)
-    lora = numbers(done)[lambda frame: frame["method"] == "lora"]
-    again = numbers(small)[lambda frame: frame["method"] == "lora"]
-    assert again["value"].tolist() == lora["value"].tolist()[: len(again)]
 
 
 @pytest.mark.fault(

@@ -5,6 +5,8 @@ use rule train as train_gaussian_retraining with:
         code=TRAIN_CODE,
     wildcard_constraints:
         method=methods_of("gaussian_retraining"),
+    # It waits for no base, so it fills the other cores while the base is trained.
+    priority: 100
     params:
         experiment=EXPERIMENT_FILE,
         program="bench train",

@@ -54,6 +54,8 @@ def claim_of(path: Path, **given: float | None) -> Claim:
     side = path.with_suffix(".json")
     protocol = read_protocol(path) if side.exists() else {}
     values = {name: protocol.get(name) for name in ("sigma", "alpha", "n")}
+    # An alpha over the data set leaves each image a small part of it.
+    values["alpha"] = protocol.get("alpha_per_image", values["alpha"])
     values["images"] = protocol.get("n_images")
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):

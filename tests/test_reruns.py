@@ -1,0 +1,157 @@
+"""What a run leaves for the next one: after kills, Ctrl-C, a rival, and a user's own methods."""
+
+import functools
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import copy_repository
+from workflow import SMOKE, snakemake
+
+pytestmark = pytest.mark.workflow
+NUMBERS = ["method", "sigma", "seed", "radius", "value", "low", "high"]
+
+
+def copy_with_two_methods(folder: Path, fetched: Path) -> Path:
+    """A copy of the sources whose smoke experiment has two methods."""
+    copy = copy_repository(folder, fetched)
+    path = copy / "config/smoke.yaml"
+    values = yaml.safe_load(path.read_text())
+    kept = ("lora", "gaussian_retraining")
+    values["methods"] = {name: values["methods"][name] for name in kept}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return copy
+
+
+@pytest.fixture
+def untouched(tmp_path: Path, fetched: Path) -> Path:
+    """A copy in which nothing ran."""
+    return copy_with_two_methods(tmp_path, fetched)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, fetched: Path) -> Path:
+    """A copy in which all ran undisturbed; tests leave it as they find it."""
+    copy = copy_with_two_methods(tmp_path_factory.mktemp("done"), fetched)
+    snakemake(copy, *SMOKE)
+    return copy
+
+
+def numbers(where: Path) -> pd.DataFrame:
+    return pd.read_csv(where / "results/smoke/tables/certified_accuracy.csv")[NUMBERS]
+
+
+@pytest.mark.fault(
+    fault="kill -9 at random moments",
+    stage="every stage, with Snakemake",
+    outcome="a rerun completes with the same tables",
+)
+def test_kills_at_random_moments_change_nothing(untouched, done):
+    chance = random.Random(20261123)
+    for _ in range(3):
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
+        run = subprocess.Popen(
+            command, cwd=untouched, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            run.wait(timeout=chance.uniform(4, 16))
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    snakemake(untouched, "--unlock", *SMOKE)
+    snakemake(untouched, *SMOKE)
+    pd.testing.assert_frame_equal(numbers(untouched), numbers(done))
+
+
+@pytest.mark.fault(
+    fault="Ctrl-C",
+    stage="pretrain, with Snakemake",
+    outcome="ends without a traceback; a rerun completes with the same tables",
+)
+def test_ctrl_c_stops_cleanly_and_a_rerun_completes(untouched, done):
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
+    run = subprocess.Popen(
+        command, cwd=untouched, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        # A shell without job control has its background jobs, and these tests, ignore Ctrl-C.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    started = itertools.takewhile(lambda line: "rule pretrain:" not in line, run.stderr)
+    before = "".join(started)
+    # Snakemake misses a signal in the instant in which it submits a job; the job takes longer.
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.wait(timeout=2)
+    # A terminal sends it to the whole group.
+    os.killpg(run.pid, signal.SIGINT)
+    said = before + run.stderr.read()
+    run.wait()
+    assert run.returncode != 0
+    assert "Traceback" not in said
+    snakemake(untouched, *SMOKE)
+    pd.testing.assert_frame_equal(numbers(untouched), numbers(done))
+
+
+@pytest.mark.fault(
+    fault="two runs in one folder",
+    stage="every stage, with Snakemake",
+    outcome="the second ends at once and changes nothing; the first completes",
+)
+def test_a_second_run_in_one_folder_is_refused(done):
+    path = done / "results/smoke/tables/certified_accuracy.csv"
+    before = path.read_bytes()
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--forcerun", "tables"]
+    first = subprocess.Popen(
+        [*command, "--until", "tables", *SMOKE], cwd=done, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    said = "".join(itertools.takewhile(lambda line: "rule tables:" not in line, first.stderr))
+    second = snakemake(done, "--forcerun", "tables", *SMOKE, ok=False)
+    assert "cannot be locked" in second or "Unable to lock" in second
+    said += first.communicate()[1]
+    assert first.returncode == 0, said
+    assert path.read_bytes() == before
+    snakemake(done, *SMOKE)
+
+
+NEW_RULE = """
+use rule train as train_mine with:
+    input:
+        data=DATA,
+        base=BASE,
+        code=TRAIN_CODE,
+    params:
+        experiment=EXPERIMENT_FILE,
+        program="bench train",
+        base=base_option,
+        expect=planned_training,
+    wildcard_constraints:
+        method=methods_of("mine"),
+"""
+
+
+def test_a_new_folder_and_a_new_entry_reach_the_tables(done, tmp_path):
+    copy = shutil.copytree(done, tmp_path / "copy")
+    path = copy / "config/smoke.yaml"
+    values = yaml.safe_load(path.read_text())
+    lora = values["methods"]["lora"]
+    values["methods"]["from_entry"] = {**lora, "label": "my entry"}
+    values["methods"]["from_folder"] = {**lora, "label": "my folder", "baseline": "mine"}
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    (copy / "baselines/mine").mkdir()
+    (copy / "baselines/mine/rules.smk").write_text(NEW_RULE)
+    said = snakemake(copy, *SMOKE)
+    assert "train_mine" in said
+    written = [line for line in said.splitlines() if "output: results/smoke/models/" in line]
+    assert {line.split("/")[3] for line in written} == {"from_entry", "from_folder"}
+    table = pd.read_csv(copy / "results/smoke/tables/certified_accuracy.csv")
+    assert {"my entry", "my folder"} <= set(table["label"])
+    assert "my folder" in (copy / "results/smoke/tables/leaderboard.md").read_text()
