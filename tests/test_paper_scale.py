@@ -37,7 +37,7 @@ TINY_VIT = {"img_size": 48, "embed_dim": 32, "depth": 1, "num_heads": 2}
 TINY_UNET = {"layers_per_block": 1, "attn_norm_num_groups": 8, "norm_num_groups": 8}
 # One method of every rule and kind of job is enough for Snakemake; all are trained below.
 THROUGH_THE_DAG = {
-    "cifar10": ["lora_model", "denoised_smoothing_stability", "gaussian_retraining"],
+    "cifar10": ["lora_model", "denoised_smoothing_stability"],
     "imagenet": ["vpt_deep", "diffusion_denoising"],
 }
 
