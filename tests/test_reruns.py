@@ -21,12 +21,13 @@ NUMBERS = ["method", "sigma", "seed", "radius", "value", "low", "high"]
 
 
 def copy_with_two_methods(folder: Path, fetched: Path) -> Path:
-    """A copy of the sources whose smoke experiment has two methods."""
+    """A copy of the sources whose smoke experiment has two methods and no attacks."""
     copy = copy_repository(folder, fetched)
     path = copy / "config/smoke.yaml"
     values = yaml.safe_load(path.read_text())
     kept = ("lora", "gaussian_retraining")
     values["methods"] = {name: values["methods"][name] for name in kept}
+    del values["attack"]
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return copy
 
