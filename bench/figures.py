@@ -243,6 +243,9 @@ def _classes(experiment: Experiment, per_class: pd.DataFrame, look: Look) -> Fig
                 np.isclose(per_class["sigma"], sigma)
                 & np.isclose(per_class["radius"], multiple * sigma)
             ]
+            if at.empty:  # sigma is not on the grid of radii
+                axis.set_axis_off()
+                continue
             means = 100 * at.pivot_table(index="method", columns="class", values="value")
             grid = means.reindex(names).rename(index=look.label)
             picture = axis.imshow(grid, vmin=0, vmax=100, aspect="auto")

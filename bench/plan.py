@@ -266,10 +266,12 @@ def _trained(planner: Planner, point: Method, settings: TrainingSettings) -> Cla
 
 
 def _pretrain_lines(planner: Planner) -> Iterator[Line]:
-    """The base and what stands in for it."""
+    """The base, where a method starts from it, and what stands in for it."""
     experiment, settings = planner.experiment, planner.experiment.pretrain
     data = describe(experiment.base_data)
-    for name, backbone in {"base": experiment.backbone, **experiment.surrogates}.items():
+    kinds = {method.parameterization.kind for method in experiment.methods.values()}
+    base = {"base": experiment.backbone} if kinds != {"scratch"} else {}
+    for name, backbone in {**base, **experiment.surrogates}.items():
         classifier = planner.network(backbone, data)
         without_weights(classifier)
         validation = experiment.base_data.validation_images

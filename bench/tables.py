@@ -122,7 +122,7 @@ def _curve(
 def leaderboard_radii(sigma: float, radius_step: float) -> list[float]:
     """0, sigma / 2, sigma and 3 sigma / 2: where methods are set against each other.
 
-    Only those on the grid of radii: between its points there is nothing that was decided.
+    Only those on the grid of radii, which has the curves, and outside of which `decide` is silent.
     """
     radii = np.round(np.arange(LEADERBOARD_STEPS) * sigma / 2, 10)
     steps = radii / radius_step

@@ -232,6 +232,17 @@ def test_classes_are_shown_at_radius_zero_and_sigma(tables: Path, experiment: Ex
         assert np.flatnonzero(empty).tolist() == [9]
 
 
+def test_a_sigma_off_the_grid_of_radii_has_an_empty_place(
+    tables: Path, experiment: Experiment
+) -> None:
+    table = pd.read_csv(tables / "per_class.csv")
+    off = np.isclose(table["radius"], SIGMAS[1]) & np.isclose(table["sigma"], SIGMAS[1])
+    figure = _classes(experiment, table[~off], Look(table))
+    plt.close(figure)
+    drawn = [bool(axis.images) for axis in figure.axes[: 2 * len(SIGMAS)]]
+    assert drawn == [place != len(SIGMAS) + 1 for place in range(2 * len(SIGMAS))]
+
+
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"certified_accuracy\.csv is missing"):
         draw_figures(experiment, tmp_path, PUBLISHED, tmp_path)

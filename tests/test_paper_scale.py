@@ -35,7 +35,8 @@ from bench.resolution import resized
 ROOT = Path(__file__).parents[1]
 TINY_VIT = {"img_size": 48, "embed_dim": 32, "depth": 1, "num_heads": 2}
 TINY_UNET = {"layers_per_block": 1, "attn_norm_num_groups": 8, "norm_num_groups": 8}
-# One method of every rule and kind of job is enough for Snakemake; all are trained below.
+# The rules that go with these backbones; all methods are trained below, all rules run in
+# test_workflow.
 THROUGH_THE_DAG = {
     "cifar10": ["lora_model", "denoised_smoothing_stability"],
     "imagenet": ["vpt_deep", "diffusion_denoising"],

@@ -247,6 +247,14 @@ def test_memory_grows_with_the_micro_batch_alone(smoke_values):
     assert peaks[256, None] > 2 * peaks[256, 64]
 
 
+def test_a_base_that_nothing_starts_from_costs_nothing(smoke_values):
+    methods = smoke_values["methods"]
+    scratch = {"gaussian_retraining": methods["gaussian_retraining"]}
+    for chosen, stages in ((scratch, 0), ({**scratch, "lora": methods["lora"]}, 1)):
+        table, _ = plan(parse_experiment({**smoke_values, "methods": chosen}, "x"), RATE)
+        assert (table["stage"] == "pretrain").sum() == stages
+
+
 def test_inference_halves_the_network_but_not_the_head(smoke):
     data = describe(smoke.data)
     classifier = create_classifier(smoke.backbone, data.classes, data.shape[0])

@@ -52,7 +52,7 @@ def numbers(where: Path) -> pd.DataFrame:
 
 @pytest.mark.fault(
     fault="kill -9 at random moments",
-    stage="every stage, with Snakemake",
+    stage="every stage but attacks, with Snakemake",
     outcome="a rerun completes with the same tables",
 )
 def test_kills_at_random_moments_change_nothing(untouched, done):
@@ -103,7 +103,7 @@ def test_ctrl_c_stops_cleanly_and_a_rerun_completes(untouched, done):
 
 @pytest.mark.fault(
     fault="two runs in one folder",
-    stage="every stage, with Snakemake",
+    stage="every stage but attacks, with Snakemake",
     outcome="the second ends at once and changes nothing; the first completes",
 )
 def test_a_second_run_in_one_folder_is_refused(done):
