@@ -7,7 +7,7 @@ READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
 
-.PHONY: reproduce tune figures report leaderboard test benchmark lint lock
+.PHONY: reproduce tune figures report leaderboard test test-slow benchmark lint lock
 
 reproduce: $(READY)
 	$(SNAKEMAKE) --cores all
@@ -32,7 +32,10 @@ leaderboard:
 		-e '/^<!-- leaderboard -->$$/r results/reference/quick/tables/leaderboard.md' README.md
 
 test: lint
-	$(RUN) pytest
+	$(RUN) pytest -m "not slow"
+
+test-slow: $(READY)
+	$(RUN) pytest -m slow
 
 # Ratios within one run, for a quiet machine; half an hour on 2 cores.
 benchmark: $(READY)

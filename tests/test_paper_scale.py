@@ -121,6 +121,7 @@ def toy(name: str, folder: Path) -> dict:
 
 
 @pytest.mark.workflow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_a_toy_run_goes_through_the_whole_workflow(name, tmp_path, sources):
     values = toy(name, tmp_path)

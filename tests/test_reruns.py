@@ -16,7 +16,7 @@ import yaml
 from conftest import copy_repository
 from workflow import SMOKE, snakemake
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 NUMBERS = ["method", "sigma", "seed", "radius", "value", "low", "high"]
 
 
