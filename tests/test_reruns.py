@@ -139,20 +139,25 @@ use rule train as train_mine with:
 """
 
 
-def test_a_new_folder_and_a_new_entry_reach_the_tables(done, tmp_path):
-    copy = shutil.copytree(done, tmp_path / "copy")
-    path = copy / "config/smoke.yaml"
-    values = yaml.safe_load(path.read_text())
+def test_a_new_folder_and_a_new_entry_reach_the_tables(done):
+    path = done / "config/smoke.yaml"
+    original = path.read_text()
+    values = yaml.safe_load(original)
     lora = values["methods"]["lora"]
     values["methods"]["from_entry"] = {**lora, "label": "my entry"}
     values["methods"]["from_folder"] = {**lora, "label": "my folder", "baseline": "mine"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    (copy / "baselines/mine").mkdir()
-    (copy / "baselines/mine/rules.smk").write_text(NEW_RULE)
-    said = snakemake(copy, *SMOKE)
-    assert "train_mine" in said
-    written = [line for line in said.splitlines() if "output: results/smoke/models/" in line]
-    assert {line.split("/")[3] for line in written} == {"from_entry", "from_folder"}
-    table = pd.read_csv(copy / "results/smoke/tables/certified_accuracy.csv")
-    assert {"my entry", "my folder"} <= set(table["label"])
-    assert "my folder" in (copy / "results/smoke/tables/leaderboard.md").read_text()
+    (done / "baselines/mine").mkdir()
+    (done / "baselines/mine/rules.smk").write_text(NEW_RULE)
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        said = snakemake(done, *SMOKE)
+        assert "train_mine" in said
+        written = [line for line in said.splitlines() if "output: results/smoke/models/" in line]
+        assert {line.split("/")[3] for line in written} == {"from_entry", "from_folder"}
+        table = pd.read_csv(done / "results/smoke/tables/certified_accuracy.csv")
+        assert {"my entry", "my folder"} <= set(table["label"])
+        assert "my folder" in (done / "results/smoke/tables/leaderboard.md").read_text()
+    finally:
+        path.write_text(original)
+        shutil.rmtree(done / "baselines/mine")
+        snakemake(done, *SMOKE)
