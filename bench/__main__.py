@@ -1,5 +1,10 @@
 """`python -m bench` is the `bench` command."""
 
-from bench.cli import main
+import sys
 
-main()
+try:
+    from bench.cli import main
+
+    main()
+except KeyboardInterrupt:  # during the import, or a second one while the first is answered
+    sys.exit(130)

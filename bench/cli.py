@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -456,6 +457,8 @@ def run_guarded(command: typer.Typer) -> None:
     except BenchError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        # Snakemake passes on what the terminal has sent already.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         sys.exit(130)
     except Exception as error:
         if (complaint := _out_of_resources(error)) is None:
