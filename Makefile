@@ -2,10 +2,10 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 EXPERIMENT ?= config/quick.yaml
-NAME := $(shell sed -n 's/^name: *//p' $(EXPERIMENT))
+NAME := $(shell sed -n 's/^name: *//p' "$(EXPERIMENT)")
 READY := .venv/.installed
 RUN := source .venv/bin/activate &&
-SNAKEMAKE := $(RUN) snakemake --configfile $(EXPERIMENT)
+SNAKEMAKE := $(RUN) snakemake --configfile "$(EXPERIMENT)"
 
 .PHONY: reproduce tune figures report leaderboard test test-slow benchmark lint lock
 

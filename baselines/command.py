@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,7 +24,7 @@ from bench.cli import (
 from bench.config import Experiment, TrainingSettings
 from bench.data import Data, load_data
 from bench.errors import BenchError
-from bench.jobs import base_flops, check_fingerprint, load_base, state_of
+from bench.jobs import base_flops, check_fingerprint, load_base, route_cost, state_of
 from bench.model_folder import Identity, identity_of, read_spec
 from bench.provenance import pick_device
 from bench.training_state import TrainingState
@@ -97,10 +97,12 @@ class BaselineJob:
         starts = [read_spec(folder).weights_sha256 for folder in folders]
         return state_of(self.output, self.identity, self.data, self.training, self.device, starts)
 
-    def inherited_flops(self) -> int:
-        """Training FLOPs of the base, denoiser and surrogates that the training starts from."""
-        surrogates = sum(base_flops(folder) for folder in self.surrogates)
-        return base_flops(self.base_folder, self.denoiser) + surrogates
+    def with_route(self, cost: dict[str, Any]) -> dict[str, Any]:
+        """`cost` with that of the base, denoiser and surrogates that the training starts from."""
+        point = self.experiment.point(self.method)
+        whole = route_cost(cost, point, self.base_folder, self.denoiser)
+        parts = [whole["base_training_flops"], base_flops(*self.surrogates)]
+        return whole | {"base_training_flops": None if None in parts else sum(parts)}
 
 
 def run_baseline(train: Callable[[BaselineJob], None]) -> None:

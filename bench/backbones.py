@@ -223,23 +223,37 @@ def create_classifier(settings: BackboneSettings, classes: int, channels: int) -
 
 
 def set_fused_attention(network: nn.Module, fused: bool) -> None:
-    """Switch timm's fused attention: CPU training and FLOP counts need it off."""
+    """Switch fused attention (timm, diffusers): CPU training and FLOP counts need it off."""
     for module in network.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = fused  # type: ignore[assignment]
+        elif type(module).__module__ == "diffusers.models.attention_processor":
+            _set_processor(module, fused)
+
+
+def _set_processor(attention: nn.Module, fused: bool) -> None:
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    if isinstance(attention, Attention):
+        attention.set_processor(AttnProcessor2_0() if fused else AttnProcessor())
 
 
 def build_component(factory: str, arguments: dict[str, Any]) -> nn.Module:
     """Build the module that a model folder names as `package.module:Class`.
 
     Raises:
-        BenchError: the name lies outside this project or cannot be built.
+        BenchError: the name is of no network of this project, or cannot be built.
     """
     module_name, _, attribute = factory.partition(":")
     if not module_name.startswith(TRUSTED_PACKAGES):
         raise BenchError(f"{factory!r} is not part of bench or baselines: it is not loaded")
     try:
-        component: nn.Module = getattr(importlib.import_module(module_name), attribute)(**arguments)
+        network = getattr(importlib.import_module(module_name), attribute)
+        # Also what a module imports has a name in it, and a model folder may come from anyone.
+        own = isinstance(network, type) and network.__module__ == module_name
+        if not own or not issubclass(network, nn.Module):
+            raise BenchError(f"{factory!r} is no network of this project: it is not loaded")
+        component: nn.Module = network(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
         raise BenchError(f"{factory!r} cannot be built with {arguments} ({error})") from None
     return component

@@ -226,6 +226,8 @@ def _write_results(
     write_json(output.with_suffix(".json"), told)
 
 
+# Says where the code is from; what votes depend on is in `code_sha256` and `versions`.
+CHECKOUT = ("git_revision", "git_dirty", "python")
 SPENT = {"seconds": "time", "samples": "samples", "non_finite_votes": "non_finite"}
 
 
@@ -314,7 +316,7 @@ def gather(shards: list[Path], output: Path) -> None:
     """
     read = [read_own_log(path) for path in shards]
     sidecars = [protocol for protocol, _ in read]
-    own = {"n_images", "images_sha256", "log_sha256", *SPENT, "machine", "batch_size"}
+    own = {"n_images", "images_sha256", "log_sha256", *SPENT, "machine", "batch_size", *CHECKOUT}
     first = {key: value for key, value in sidecars[0].items() if key not in own}
     for path, sidecar in zip(shards, sidecars, strict=True):
         for key, value in first.items():
@@ -338,6 +340,8 @@ def gather(shards: list[Path], output: Path) -> None:
         "n_images": len(whole),
         "images_sha256": found,
         "log_sha256": sha256_file(output),
+        "git_revision": ", ".join(dict.fromkeys(s["git_revision"] for s in sidecars)),
+        "git_dirty": any(sidecar["git_dirty"] for sidecar in sidecars),
         "shards": len(shards),
     }
     write_json(output.with_suffix(".json"), merged)

@@ -41,6 +41,8 @@ leaves the randomness of training out. Out of reach: the rival is so good that n
 be as far above it. With noise at 224 pixels radii are compared as printed: one of PEFT is a
 seventh (CIFAR-10) of a rival's. `claims.csv` has the evidence and the source of each.
 """
+# Of weights that others trained.
+UNKNOWN = "cost unknown"
 Group = Annotated[list[Name], Field(min_length=1)]
 Cost = Literal[
     "trainable_without_head",
@@ -148,26 +150,19 @@ class AtLeast(AtLeastRule, CurveRule):
 
 
 class DifferenceRule(CurveRule):
-    """About the best method minus the best rival, which may come from another experiment."""
+    """About the best method minus the best rival of the same experiment, so of the same base."""
 
     rivals: Group
-    rivals_experiment: Name | None = None
-
-    def tables(self, reading: Reading) -> list[str]:
-        """The curves of both."""
-        experiments = (reading.experiment, self.rivals_experiment or reading.experiment)
-        return [f"{name}/tables/{CURVES}" for name in experiments]
 
     def estimate(self, reading: Reading, tables: list[Path]) -> Estimate:
         """On the same images where `paired.csv` has the pair at this radius, else independent."""
 
         def one(method: str, rival: str, confidence: float) -> Pair:
-            if self.rivals_experiment is None:
-                path = tables[0].with_name("paired.csv")
-                rows = _paired_at(path, method, rival, reading, confidence)
-                if len(rows):
-                    return Pair(rows, "paired", [path])
-            rows = _independent_at(tables, method, rival, reading, confidence)
+            path = tables[0].with_name("paired.csv")
+            rows = _paired_at(path, method, rival, reading, confidence)
+            if len(rows):
+                return Pair(rows, "paired", [path])
+            rows = _independent_at(tables[0], method, rival, reading, confidence)
             return Pair(rows, "independent", tables)
 
         return _best(self.methods, self.rivals, reading, one)
@@ -180,7 +175,7 @@ class DifferenceAtLeast(AtLeastRule, DifferenceRule):
 
     def out_of_reach(self, reading: Reading, tables: list[Path]) -> bool:
         """Whether `value` above the best rival is more than all images."""
-        curves = [_curve_at(tables[1], rival, reading, CONFIDENCE) for rival in self.rivals]
+        curves = [_curve_at(tables[0], rival, reading, CONFIDENCE) for rival in self.rivals]
         return max(curve["value"].mean() for curve in curves) + self.value > 1 + ROUNDING
 
 
@@ -215,8 +210,9 @@ class RatioAtLeast(AtLeastRule):
 
     def estimate(self, reading: Reading, tables: list[Path]) -> Estimate:
         """Counts, which have no interval."""
+        # An unknown cost (nan) could be the smallest.
         cost, rival_cost = (
-            min(_cost_of(tables[0], name, reading) for name in names)
+            float(np.min([_cost_of(tables[0], name, reading) for name in names]))
             for names in (self.methods, self.rivals)
         )
         names = f"{', '.join(self.methods)} against {', '.join(self.rivals)}"
@@ -347,6 +343,8 @@ def _judged(name: str, claim: Claim, reading: Reading, results: list[Path]) -> d
     if len(ran) < len(tables):
         return row | {"verdict": "undecided", "reason": "not run", **nothing, **about}
     estimate = claim.rule.estimate(reading, ran)
+    if np.isnan(estimate.effect):
+        return row | {"verdict": "undecided", "reason": UNKNOWN, **nothing, **about}
     verdict = verdict_of(estimate.low, estimate.high, claim.rule.target())
     row |= {"verdict": verdict, "reason": "interval" if verdict == "undecided" else ""}
     if verdict == "contradicted" and claim.rule.out_of_reach(reading, ran):
@@ -442,12 +440,11 @@ def _paired_at(
 
 
 def _independent_at(
-    tables: list[Path], method: str, rival: str, reading: Reading, confidence: float
+    path: Path, method: str, rival: str, reading: Reading, confidence: float
 ) -> pd.DataFrame:
     """The difference per seed, as if the two had been certified on images of their own."""
     sides = [
-        _curve_at(path, name, reading, confidence).set_index("seed")
-        for path, name in zip(tables, (method, rival), strict=True)
+        _curve_at(path, name, reading, confidence).set_index("seed") for name in (method, rival)
     ]
     if not sides[0].index.equals(sides[1].index):
         raise BenchError(f"{method} and {rival} have other seeds: give both the same `seeds`")
@@ -459,7 +456,7 @@ def _independent_at(
 def _cost_of(path: Path, method: str, reading: Reading) -> float:
     """A count, the same for every seed."""
     rows = _rows(_read(path), path, method=method, sigma=reading.sigma)
-    return float(rows[reading.cost.split(" + ")].iloc[0].sum())
+    return float(rows[reading.cost.split(" + ")].iloc[0].sum(skipna=False))
 
 
 def render(table: pd.DataFrame) -> str:
@@ -489,6 +486,8 @@ def _line(row: pd.Series) -> str:
         needed = f"{row['lowest']:g} to {row['highest']:g}"
     if row["reason"] == "out of reach":
         needed += " (out of reach)"
+    if row["reason"] == UNKNOWN:
+        return f"| {row['text']} | {where} | {needed} | {UNKNOWN} | |"
     interval = "exact"
     if pd.notna(row["low"]):
         interval = f"{row['low']:.3f} to {row['high']:.3f} ({row['interval_kind']})"

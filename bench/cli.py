@@ -187,12 +187,15 @@ def certify(
         list[str] | None,
         typer.Option("--set", help="KEY=VALUE of `certification` (images: --images); repeat."),
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Resize images of folders and ImageNet to it.")
+    ] = None,
 ) -> None:
     """Certify anyone's classifier and print its certified accuracy."""
     from bench.standalone import certify_anything
 
     changes = dict(item.partition("=")[::2] for item in setting or [])
-    table = certify_anything(model, data, sigma, images, step, changes, output)
+    table = certify_anything(model, data, sigma, images, step, changes, output, image_size)
     typer.echo(table.to_string(index=False))
 
 

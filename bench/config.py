@@ -120,6 +120,8 @@ class TrainingSettings(Settings):
     """Budget and optimizer; `images` counts the training images seen, however noisy each.
 
     `micro_batch_size` images of a batch pass at once; their gradients add up to the batch's.
+    `augmentation: crop_and_flip` shifts and mirrors each image at random, as published trainings
+    on CIFAR-10 and ImageNet do.
     """
 
     images: PositiveInt
@@ -130,6 +132,7 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(default=0.05, ge=0)
     clip_norm: PositiveFloat | None = 1.0
     precision: Precision = "auto"
+    augmentation: Literal["none", "crop_and_flip"] = "none"
 
     @property
     def steps(self) -> int:
@@ -141,8 +144,9 @@ class TrainingSettings(Settings):
 
         One that came later is left out at its default, so earlier results keep their fingerprints.
         """
-        late = {"micro_batch_size"} if self.micro_batch_size is None else set()
-        return self.model_dump(exclude={"data", *late})
+        late = {"micro_batch_size": None, "augmentation": "none"}
+        unused = {key for key, default in late.items() if getattr(self, key) == default}
+        return self.model_dump(exclude={"data", *unused})
 
 
 class PretrainSettings(TrainingSettings):

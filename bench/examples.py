@@ -1,6 +1,5 @@
 """A few test images as the methods saw them, with each one's answer and certified radius."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.config import Experiment
 from bench.data import load_data, spread
@@ -28,7 +27,7 @@ ANSWER = ["idx", "class", "clean_predict", "predict", "radius", "correct"]
 
 
 class Example(NamedTuple):
-    """One image at one sigma: every method's answer, and pixels `(C, H, W)` by their name."""
+    """One image at one sigma: every method's answer, and pixels `(1, C, H, W)` by their name."""
 
     sigma: float
     answers: pd.DataFrame
@@ -53,7 +52,7 @@ def build_examples(
     answers = _answers(experiment, logs)
     with atomic_write(table) as temporary:
         answers.to_csv(temporary, index=False)
-    examples = [*_examples(experiment, answers, _fronts(models), read_protocol(logs[0]))]
+    examples = _examples(experiment, answers, _folders(models), read_protocol(logs[0]))
     with mpl.rc_context(STYLE):
         save_figure(_draw(examples, Look(answers)), figure)
 
@@ -74,38 +73,40 @@ def _answers(experiment: Experiment, logs: list[Path]) -> pd.DataFrame:
     return pd.concat(ordered, ignore_index=True)
 
 
-def _fronts(models: list[Path]) -> dict[tuple[str, float], nn.Module]:
-    """What stands in front of the classifier, by method and noise level of its training."""
-    fronts = {}
-    for folder in models:
-        front, identity = load_front(folder), read_json(folder / "training.json")
-        if front is not None:
-            fronts[identity["method"], identity["sigma"]] = front
-    return fronts
+def _folders(models: list[Path]) -> dict[tuple[str, float], Path]:
+    """Model folders by method and noise level of their training."""
+    named = [(read_json(folder / "training.json"), folder) for folder in models]
+    return {(identity["method"], identity["sigma"]): folder for identity, folder in named}
 
 
 @torch.inference_mode()
 def _examples(
     experiment: Experiment,
     answers: pd.DataFrame,
-    fronts: dict[tuple[str, float], nn.Module],
+    folders: dict[tuple[str, float], Path],
     protocol: dict[str, Any],
-) -> Iterator[Example]:
+) -> list[Example]:
     """Each image with the noise of its first pilot draw, before and after every front."""
     test = load_data(experiment.data).test
+    examples = []
     for _, part in answers.groupby(["sigma", "idx"]):
         sigma, idx = float(part["sigma"].iloc[0]), int(part["idx"].iloc[0])
         image = test.batch(torch.tensor([idx]))
         key = noise_key(protocol["noise_seed"], protocol["data"], idx, PILOT, 0)
         noise = standard_normal(key_tensor([key], torch.device("cpu")), image.shape[1:])[:1]
-        noisy = image + sigma * noise
-        pixels = {"image": image[0], "with noise": noisy[0]}
-        for method, label in zip(part["method"], part["label"], strict=True):
-            front = fronts.get((method, experiment.training_sigma(method, sigma)))
-            if front is not None:
+        examples.append(Example(sigma, part, {"image": image, "with noise": image + sigma * noise}))
+    for (method, level), folder in folders.items():
+        # One at a time: a diffusion model per sigma would fill the memory.
+        if (front := load_front(folder)) is None:
+            continue
+        for example in examples:
+            own = example.answers[example.answers["method"] == method]
+            if len(own) and experiment.training_sigma(method, example.sigma) == level:
+                noisy = example.pixels["with noise"]
                 # Of several candidates (V, B, C, H, W) the first.
-                pixels[label] = front(noisy).reshape(-1, *image.shape[1:])[0]
-        yield Example(sigma, part, pixels)
+                pixels = front(noisy).reshape(-1, *noisy.shape[1:])[:1]
+                example.pixels[own["label"].iloc[0]] = pixels
+    return examples
 
 
 def _draw(examples: list[Example], look: Look) -> Figure:
@@ -124,7 +125,7 @@ def _draw(examples: list[Example], look: Look) -> Figure:
         for axis, name in zip(row, columns, strict=False):
             axis.axis("off")
             if name in example.pixels:
-                shown = example.pixels[name].clamp(0, 1).permute(1, 2, 0).numpy()
+                shown = example.pixels[name][0].clamp(0, 1).permute(1, 2, 0).numpy()
                 axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
                 axis.set_title(name, fontsize=8)
         first = example.answers.iloc[0]

@@ -174,7 +174,7 @@ def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Fi
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
         _draw_methods(axis, shares[np.isclose(shares["sigma"], sigma)], "p_a", look)
         axis.axvline(0.5, color="0.6", lw=0.8)  # below it nothing can be certified
-        axis.set(xlabel="share of votes (0: another class was chosen)", xlim=(0, 1), ylim=(0, 100))
+        axis.set(xlabel="share of votes\n(0: another class was chosen)", xlim=(0, 1), ylim=(0, 100))
     axes[0].set_ylabel("images with at most so many (%)")
     return figure
 

@@ -13,7 +13,7 @@ from bench.backbones import (
     initial_weights,
     set_fused_attention,
 )
-from bench.config import BASE, CrossEntropy, Experiment, Objective, TrainingSettings
+from bench.config import BASE, CrossEntropy, Experiment, Method, Objective, TrainingSettings
 from bench.cost import inference_flops, parameter_counts, training_flops
 from bench.data import Data, load_data
 from bench.errors import BenchError
@@ -128,32 +128,35 @@ def load_denoiser(
     return denoiser.requires_grad_(shared.trained), read_spec(folder).denoiser
 
 
-def base_flops(base: Path | None, denoiser: Path | None = None) -> int:
-    """Training FLOPs of all that a method starts from; 0 without a base or denoiser.
-
-    The folder of a denoiser has paid for the base already.
-    """
-    if denoiser is not None:
-        cost = read_json(denoiser / "cost.json")
-        return int(cost["training_flops"]) + int(cost["base_training_flops"])
-    return int(read_json(base / "cost.json")["training_flops"]) if base else 0
+def base_flops(*bases: Path | None) -> int | None:
+    """Training FLOPs of base and surrogates; None where one starts from weights of others."""
+    costs = [read_json(folder / "cost.json") for folder in bases if folder is not None]
+    if any(cost["base_training_flops"] is None for cost in costs):
+        return None
+    return sum(int(cost["training_flops"]) for cost in costs)
 
 
 def route_cost(
-    cost: dict[str, Any], start: str, base: Path | None, denoiser: Path | None
+    cost: dict[str, Any], point: Method, base: Path | None, denoiser: Path | None
 ) -> dict[str, Any]:
-    """`cost` with what came before; a route over another method is paid for from the base on."""
-    if base is None or start == BASE:
-        return {**cost, "base_training_flops": base_flops(base, denoiser)}
-    earlier = read_json(base / "cost.json")
-    keys = ("training_flops", "training_seconds", "training_images", "queries")
-    peak = max(cost["peak_memory_bytes"], earlier["peak_memory_bytes"])
-    return {
-        **cost,
-        **{key: cost[key] + earlier[key] for key in keys},
-        "peak_memory_bytes": peak,
-        "base_training_flops": earlier["base_training_flops"],
-    }
+    """`cost` with what came before.
+
+    Another method that the training starts from, or whose denoiser it takes, is paid for from the
+    base on. What a borrowed denoiser trained is part of the model; of a route of several steps
+    the parameters are those of the last.
+    """
+    start = base if point.start != BASE else None
+    before = [read_json(folder / "cost.json") for folder in (start, denoiser) if folder is not None]
+    if not before:
+        return {**cost, "base_training_flops": base_flops(base)}
+    keys = ["training_flops", "training_seconds", "training_images", "queries"]
+    spent = {key: cost[key] + sum(earlier[key] for earlier in before) for key in keys}
+    spent["peak_memory_bytes"] = max(c["peak_memory_bytes"] for c in (cost, *before))
+    if denoiser is not None and point.denoiser is not None and not point.denoiser.trained:
+        borrowed = before[-1]["trainable_parameters"] - before[-1]["head_parameters"]
+        spent["trainable_parameters"] = cost["trainable_parameters"] + borrowed
+    # Both began with the same base.
+    return {**cost, **spent, "base_training_flops": before[0]["base_training_flops"]}
 
 
 def cost_report(
@@ -227,7 +230,9 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
         )
     report = training_report(record, device, data, settings.model_dump())
     report["initial_weights"] = initial
-    cost = _certified_cost(cost, classifier.eval(), data) | {"base_training_flops": 0}
+    # What others' weights have cost is not known, and is not nothing.
+    before = None if initial is not None else 0
+    cost = _certified_cost(cost, classifier.eval(), data) | {"base_training_flops": before}
     report["validation_accuracy"] = accuracy(classifier, data.validation)
     save_model(folder, classifier, spec_of(experiment, data), identity, cost, report)
 
@@ -252,7 +257,7 @@ def _fit_classifier(
 
     counts = parameter_counts(classifier, classifier)
     inference = inference_flops(classifier.eval(), data.shape)
-    _training_mode(classifier)
+    set_training_mode(classifier)
     flops = {
         "training_flops": training_flops(loss, data.shape, settings.images, classifier),
         "inference_flops": inference,
@@ -264,12 +269,16 @@ def _fit_classifier(
     return record, cost_report(record, counts, flops)
 
 
-def _training_mode(classifier: Classifier) -> None:
-    """Training mode, but a frozen denoiser keeps its batch statistics."""
+def set_training_mode(classifier: Classifier) -> None:
+    """Training mode, but what is frozen keeps its batch statistics."""
     classifier.train()
     front = classifier.denoiser
     if front is not None and not any(p.requires_grad for p in front.parameters()):
         front.eval()
+    for module in classifier.modules():
+        frozen = [not p.requires_grad for p in module.parameters(recurse=False)]
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and frozen and all(frozen):
+            module.eval()
 
 
 def train(
@@ -310,7 +319,7 @@ def train(
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component, point.noise_resolution)
     merged = merge(classifier, adapter).eval()
-    cost = route_cost(_certified_cost(cost, merged, data), point.start, base, denoiser)
+    cost = route_cost(_certified_cost(cost, merged, data), point, base, denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
     save_model(folder, merged, spec, identity, cost, report, adapter)

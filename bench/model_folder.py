@@ -30,6 +30,7 @@ from bench.settings import Settings
 from bench.training import TrainingRecord
 from bench.training_state import discard_state
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")
 
 
@@ -142,6 +143,8 @@ def save_model(
             adapter.save_pretrained(partial)  # type: ignore[operator]
             (partial / "README.md").unlink(missing_ok=True)
         found = sha256_file(partial / "model.safetensors")
+        for name in ADAPTER_FILES:  # an earlier method's: this one may have none
+            (folder / name).unlink(missing_ok=True)
         for path in partial.iterdir():
             shutil.move(path, folder / path.name)
         named = identity.model_dump()

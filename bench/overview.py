@@ -118,8 +118,9 @@ def _protocol(experiment: Experiment) -> list[tuple[str, object]]:
 
 def _provenance(summary: pd.DataFrame, logs: list[Path]) -> list[tuple[str, object]]:
     """What the certifications say about their code, data and machine; each value once."""
-    changed = summary["git_dirty"].astype(bool)
-    revisions = summary["git_revision"] + changed.map({True: " with local changes", False: ""})
+    # Neither true nor false where there was no git.
+    changed = summary["git_dirty"].map({True: " with local changes", False: ""}).fillna("")
+    revisions = summary["git_revision"] + changed
     sidecars = [read_protocol(path) for path in logs]
     seconds = summary["certification_seconds"].sum()
     versions = [

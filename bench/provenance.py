@@ -27,10 +27,14 @@ def machine(device: torch.device) -> str:
     return f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
-def _git(*arguments: str) -> str:
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where there is no git, or it refuses."""
     here = Path(__file__).parent
-    answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-    return answer.stdout.strip()
+    try:
+        answer = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def versions() -> dict[str, str]:
@@ -39,12 +43,13 @@ def versions() -> dict[str, str]:
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Versions, git revision with dirty flag, machine and device."""
+    """Versions, git revision with dirty flag (None: unknown), machine and device."""
+    changes = _git("status", "--porcelain")
     return {
         "versions": versions(),
         "python": platform.python_version(),
         "git_revision": _git("rev-parse", "HEAD") or "unknown",
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_dirty": None if changes is None else bool(changes),
         "machine": machine(device),
         "device": device.type,
     }

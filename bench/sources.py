@@ -6,6 +6,7 @@ from bench.files import sha256_file, sha256_json
 
 ROOT = Path(__file__).parents[1]
 TRAINING = (
+    "bench/augmentation.py",
     "bench/backbones.py",
     "bench/cost.py",
     "bench/data.py",

@@ -14,10 +14,12 @@ from bench.config import BackboneSettings, CertificationSettings, DataSettings, 
 from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
+from bench.memory import out_of_memory
 from bench.model_folder import load_classifier, read_spec
 from bench.provenance import tensors_sha256
 from bench.remote import RemoteClassifier, RemoteModel
 from bench.resolution import Resized
+from bench.smoothing.log import check_positive
 from bench.statistics import certified_accuracy
 
 TIMM = "timm:"
@@ -32,6 +34,7 @@ def certify_anything(
     step: float,
     changes: dict[str, str],
     output: Path,
+    image_size: int | None = None,
 ) -> pd.DataFrame:
     """Certify `model` on `data`, write log and sidecar, return the certified accuracy.
 
@@ -46,15 +49,18 @@ def certify_anything(
         step: of the radius grid, l2 in [0, 1] pixels.
         changes: keys of `certification` with values as YAML text.
         output: the log.
+        image_size: images of folders and of ImageNet are resized (short side) and cropped to it;
+            None: to what the `timm:` model takes.
 
     Raises:
         BenchError: a value, a file or the pair of model and data cannot work.
     """
+    check_positive(sigma=sigma, step=step)
     settings = _settings({**changes, "test_images": str(images)})
     classifier, size, weights = _classifier(model)
-    test, classes, name, digest = _test_images(data, size)
+    test, classes, name, digest = _test_images(data, size if image_size is None else image_size)
     test = _noised_images(model, test)
-    outputs = _outputs(classifier, test)
+    outputs = _outputs(classifier, test, f"--model {model} --data {data}")
     if outputs != classes:
         raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
     wanted = spread(len(test.labels), settings.test_images)
@@ -100,17 +106,26 @@ def _noised_images(model: str, test: ImageSplit) -> ImageSplit:
     return test if size is None else Resized(test, size)
 
 
-def _outputs(classifier: Classifier, test: ImageSplit) -> int:
-    with torch.inference_mode():
-        return int(classifier(test.batch(torch.tensor([0]))).shape[1])
+def _outputs(classifier: Classifier, test: ImageSplit, options: str) -> int:
+    """Number of classes that the classifier answers on the first image."""
+    image = test.batch(torch.tensor([0]))
+    try:
+        with torch.inference_mode():
+            return int(classifier(image).shape[1])
+    # What networks raise where the shape does not fit; timm asserts.
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        shape = " x ".join(map(str, image.shape[1:]))
+        raise BenchError(f"{options}: the model cannot take images {shape} ({error})") from None
 
 
 def _test_images(data: str, size: int | None) -> tuple[ImageSplit, int, str, str]:
     """Images, number of classes, the name that keys the noise, and a hash."""
     folder = Path(data)
-    if folder.is_dir():
-        if size is None:
-            raise BenchError(f"--data {data}: folders of images need a timm: model, which resizes")
+    if size is None and (folder.is_dir() or data in ("imagenet", "image_folder")):
+        raise BenchError(f"--data {data}: give --image-size, which its images are resized to")
+    if folder.is_dir() and size is not None:
         split, classes = labelled_folder(folder, size)
         hashes = [[str(p.relative_to(folder)), sha256_file(p)] for p in split.paths]
         return split, classes, folder.name, sha256_json(hashes)

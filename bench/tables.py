@@ -271,7 +271,8 @@ def leaderboard(curves: pd.DataFrame, radius_step: float) -> str:
         for radius in leaderboard_radii(float(sigma), radius_step):
             at = part[np.isclose(part["radius"], radius)].set_index("label")["value"]
             columns[f"σ={sigma:g}, r={radius:g}"] = (100 * at).map("{:.1f}".format)
-    table = pd.DataFrame(columns).reindex(first["label"].unique())
+    # A method need not have every sigma.
+    table = pd.DataFrame(columns).reindex(first["label"].unique()).fillna("–")
     lines = ["| method | " + " | ".join(table.columns) + " |"]
     lines.append("|---|" + "--:|" * len(table.columns))
     lines += [

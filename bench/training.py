@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from bench.augmentation import crop_and_flip
 from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
 from bench.errors import BenchError
@@ -248,6 +249,8 @@ def fit(
     left = islice(batches, run.step, None)
     for positions in track(left, settings.steps - run.step, "training"):
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
+        if settings.augmentation == "crop_and_flip":
+            images = crop_and_flip(images, run.noise)
         _step(run, loss, images, labels, settings)
         run.seconds = before + time.perf_counter() - begin
         if state is not None:

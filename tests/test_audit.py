@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from bench.cli import app
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.smoothing.audit import Claim, audit_log, claim_of
 from bench.smoothing.bounds import certified_radius, p_a_lower
 from bench.smoothing.log import write_cohen_log, write_log
@@ -302,6 +303,17 @@ def test_the_sidecar_tells_the_protocol(tmp_path: Path) -> None:
     assert (done.exit_code, "n = 1000: 100, up to 0.953" in done.output) == (1, True)
     side.write_text(json.dumps({"sigma": 0.25, "alpha": 0.001, "n": 100_000, "n_images": 101}))
     assert "holds 100 of 101 images" in audit(log).output
+
+
+def test_a_log_that_was_changed_after_its_sidecar_is_an_error(tmp_path: Path) -> None:
+    found(tmp_path, honest())
+    log, side = tmp_path / "log.tsv", tmp_path / "log.json"
+    claim = {"sigma": 0.25, "alpha": 0.001, "n": 100_000}
+    side.write_text(json.dumps({**claim, "log_sha256": sha256_file(log)}))
+    assert audit(log).exit_code == 0
+    log.write_text(log.read_text().replace("0.9", "0.8", 1))
+    done = audit(log)
+    assert (done.exit_code, "changed since log.json was written" in done.output) == (1, True)
 
 
 @pytest.mark.parametrize(

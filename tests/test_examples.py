@@ -107,10 +107,10 @@ def test_pixels_are_those_that_certification_saw(
 ) -> None:
     table = _answers(experiment, files[0])
     denoised = load_classifier(tmp_path / "denoised_smoothing_mse")
-    fronts = {("denoised_smoothing_mse", 0.5): denoised.denoiser}
+    folders = {("denoised_smoothing_mse", 0.5): tmp_path / "denoised_smoothing_mse"}
     protocol = {"noise_seed": SEED, "data": "toy"}
     shown = {
-        int(e.answers["idx"].iloc[0]): e for e in _examples(experiment, table, fronts, protocol)
+        int(e.answers["idx"].iloc[0]): e for e in _examples(experiment, table, folders, protocol)
     }
 
     class Spy(nn.Module):
@@ -128,7 +128,7 @@ def test_pixels_are_those_that_certification_saw(
     settings = Protocol(sigma=0.5, mode="cohen", n=32, n0=32, seed=SEED, data="toy", batch_size=32)
     list(certify(spy, data.test.batch(torch.tensor([2])), [2], [2], settings, 10))
     clean, pilot, _ = spy.seen
-    pixels = shown[2].pixels
+    pixels = {name: batch[0] for name, batch in shown[2].pixels.items()}
     assert list(pixels) == ["image", "with noise", "DnCNN, MSE"]
     assert torch.equal(pixels["image"], clean)
     assert torch.allclose(pixels["with noise"], pilot, atol=1e-6)

@@ -1,7 +1,10 @@
 """The classifier and its folder: what is refused, what is counted, what precision does."""
 
+import subprocess
+
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 from baselines.denoised_smoothing.dncnn import DnCNN
 from bench.backbones import create_classifier
@@ -10,13 +13,14 @@ from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
 from bench.files import read_json, write_json
 from bench.model_folder import (
+    ADAPTER_FILES,
     ClassifierSpec,
     Identity,
     check_identity,
     load_classifier,
     save_model,
 )
-from bench.provenance import pick_precision
+from bench.provenance import pick_precision, provenance
 
 WIDTH, DEPTH, CLASSES = 32, 2, 10
 BACKBONE = BackboneSettings(
@@ -65,14 +69,45 @@ def test_changed_weights_and_foreign_folders_are_refused(tmp_path):
         load_classifier(tmp_path)
 
 
-def test_folder_cannot_name_code_from_elsewhere(tmp_path):
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("subprocess:Popen", "not part of bench"),
+        ("bench.model_folder:save_file", "no network of this project"),
+        ("bench.backbones:create_network", "no network of this project"),
+        ("bench.lenet:nn.Linear", "cannot be built"),
+        ("bench.backbones:BackboneSettings", "no network of this project"),
+    ],
+)
+def test_folder_cannot_name_code_from_elsewhere(tmp_path, factory, message):
+    """Nor anything else that a module of this project has imported or defined."""
     classifier, _, _ = base_classifier()
     save(tmp_path, classifier)
     spec = read_json(tmp_path / "classifier.json")
-    spec["denoiser"] = {"factory": "subprocess:Popen", "arguments": {}}
+    written = tmp_path / "written"
+    spec["denoiser"] = {
+        "factory": factory,
+        "arguments": {"tensors": {}, "filename": str(written)},
+    }
     write_json(tmp_path / "classifier.json", spec)
-    with pytest.raises(BenchError, match="not part of bench"):
+    with pytest.raises(BenchError, match=message):
         load_classifier(tmp_path)
+    assert not written.exists()
+
+
+def test_a_retrained_folder_keeps_no_adapter_of_before(tmp_path):
+    classifier, _, _ = base_classifier()
+    for name in ADAPTER_FILES:
+        (tmp_path / name).write_text("of another method")
+    save(tmp_path, classifier)
+    assert not [name for name in ADAPTER_FILES if (tmp_path / name).exists()]
+
+
+def test_attention_of_diffusers_is_counted():
+    attention = Attention(query_dim=8, heads=2, dim_head=4)
+    tokens = torch.rand(1, 16, 8)
+    dense, products = 4 * 2 * 16 * 8 * 8, 2 * 2 * 16 * 16 * 8
+    assert count_flops(lambda: attention(tokens), attention) == dense + products
 
 
 def test_unknown_timm_name_is_named():
@@ -155,3 +190,15 @@ def test_lenet_folder_round_trip_is_bit_equal(tmp_path):
 def test_auto_precision_follows_the_hardware(monkeypatch, asked, able, picked):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert pick_precision(asked, torch.device("cpu")) == picked
+
+
+@pytest.mark.parametrize("answer", ["absent", "refuses"])
+def test_without_git_the_revision_is_unknown_and_not_clean(monkeypatch, answer):
+    def run(command, **options):
+        if answer == "absent":
+            raise FileNotFoundError("git")
+        return subprocess.CompletedProcess(command, 128, "", "dubious ownership")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = provenance(torch.device("cpu"))
+    assert (found["git_revision"], found["git_dirty"]) == ("unknown", None)

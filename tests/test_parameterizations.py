@@ -17,7 +17,7 @@ from bench.config import BackboneSettings, TrainingSettings
 from bench.cost import parameter_counts
 from bench.data import ArraySplit
 from bench.errors import BenchError
-from bench.jobs import merge
+from bench.jobs import merge, set_training_mode
 from bench.model_folder import ClassifierSpec, Identity, load_classifier, save_model
 from bench.parameterization_settings import (
     AdaLora,
@@ -391,8 +391,22 @@ def test_adalora_pulls_its_factors_to_orthogonality():
     classifier, pixels, _ = adapted(AdaLora(kind="adalora", init_r=6, target_r=4))
     factors = {n: p for n, p in classifier.named_parameters() if ".lora_A." in n or ".lora_B." in n}
     classifier(pixels).mean().backward()  # lora_E is zero: nothing else reaches the factors
+    once = {name: factor.grad.clone() for name, factor in factors.items()}
+    classifier(pixels).mean().backward()  # a second micro-batch of the same step
+    assert all(torch.equal(factor.grad, once[name]) for name, factor in factors.items())
     for name, factor in factors.items():
         copy = factor.detach().requires_grad_()  # the hooks would act on the factor once more
         gram = copy @ copy.T if ".lora_A." in name else copy.T @ copy
         penalty = 0.1 * torch.norm(gram - torch.eye(6)) / len(factors)
         assert torch.allclose(factor.grad, torch.autograd.grad(penalty, copy)[0], atol=1e-7)
+
+
+@pytest.mark.parametrize(("kind", "moves"), [(Head, False), (Full, True)])
+def test_batch_statistics_of_a_frozen_network_stay(kind, moves):
+    classifier = create_classifier(BackboneSettings(timm="resnet18"), CLASSES, 1)
+    adapt(classifier.network, kind(kind=kind.__name__.lower()), 1)
+    before = {k: v.clone() for k, v in classifier.named_buffers() if "running" in k}
+    set_training_mode(classifier)
+    classifier(torch.rand(2, 1, 64, 64))
+    after = dict(classifier.named_buffers())
+    assert all((not torch.equal(before[k], after[k])) == moves for k in before)

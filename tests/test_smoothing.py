@@ -264,14 +264,17 @@ class Forbidden(nn.Module):
         return torch.zeros(len(pixels), 2)
 
 
-def test_a_finished_journal_needs_no_draw_and_another_meaning_all_of_them(tmp_path):
+def test_a_finished_journal_needs_no_draw_and_another_meaning_all_of_them(tmp_path, caplog):
     images, path = torch.zeros(4, *SHAPE), tmp_path / "votes.jsonl"
     settings = protocol(mode="decide")
     first = certificates(images, settings, model=Biased(0.8), journal=Journal(path, "a"))
     again = certificates(images, settings, model=Forbidden(), journal=Journal(path, "a"))
     assert [row["radius"] for row in again] == [row["radius"] for row in first]
+    kept = path.read_bytes()
     with pytest.raises(AssertionError):
         certificates(images, settings, model=Forbidden(), journal=Journal(path, "b"))
+    assert path.with_name("votes.jsonl.old").read_bytes() == kept
+    assert "votes.jsonl.old" in caplog.text
 
 
 def test_a_finished_run_extends_to_what_a_longer_one_finds(tmp_path):

@@ -209,6 +209,20 @@ def test_leaderboard_is_a_markdown_table(tables: Path) -> None:
     assert lora[columns.index("σ=0.5, r=0.5")] == "25.0"
 
 
+def test_a_method_may_lack_a_sigma(tmp_path: Path, results: Results) -> None:
+    experiment, logs, costs = results
+    methods = dict(experiment.methods)
+    methods["lora"] = methods["lora"].model_copy(update={"sigmas": [0.5]})
+    partial = experiment.model_copy(update={"methods": methods})
+    logs, costs = ([files[place] for place in (0, 1, 3)] for files in (logs, costs))
+    build_tables(partial, logs, costs, tmp_path / "out")
+    lines = (tmp_path / "out/leaderboard.md").read_text().splitlines()
+    columns = [cell.strip() for cell in lines[0].split("|")]
+    lora = [cell.strip() for cell in lines[3].split("|")]
+    assert lora[columns.index("σ=0.25, r=0.25")] == "–"
+    assert lora[columns.index("σ=0.5, r=0.25")] == "50.0"
+
+
 @pytest.mark.parametrize(
     ("sigma", "step", "radii"),
     [

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from bench.augmentation import crop_and_flip
 from bench.config import Sgd, Step, TrainingSettings
 from bench.data import ArraySplit
 from bench.training import accumulate_gradients, fit
@@ -131,3 +132,39 @@ def test_training_in_micro_batches_goes_the_same_way():
         settings = TrainingSettings(**SGD, micro_batch_size=micro, schedule=STEP)
         paths.append(path(settings)[0])
     assert paths[0] == pytest.approx(paths[1])
+
+
+def test_crops_and_flips_are_those_of_the_image_itself():
+    """Every result is one of the (2 x 2 + 1)^2 shifts of an image or its mirror, none preferred."""
+    image = torch.arange(1.0, 1 + 3 * 16 * 16).reshape(3, 16, 16)
+    batch = image.expand(2000, 3, 16, 16)
+    crops = crop_and_flip(batch, torch.Generator().manual_seed(0))
+    padded = nn.functional.pad(image, (2,) * 4)
+    shifts = [padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
+    allowed = torch.stack([*shifts, *(shift.flip(2) for shift in shifts)])
+    counts = (crops[:, None] == allowed).flatten(2).all(2).sum(0)
+    assert counts.sum() == 2000
+    # 40 of each are expected: 7 standard deviations either way.
+    assert counts.min() > 0
+    assert counts.max() < 85
+
+
+def test_augmentation_changes_what_is_learned_and_repeats():
+    pictures = torch.randint(0, 256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    split = ArraySplit(pictures.to(torch.uint8), torch.arange(8) % 2)
+
+    def seen(**changes):
+        images = []
+
+        def loss(pixels, labels, noise, share):
+            images.append(pixels)
+            return module.weight.sum()
+
+        module = Weight()
+        fit(module, loss, split, TrainingSettings(**SGD, **changes), 0.1, 0)
+        return torch.cat(images)
+
+    plain, cropped = seen(), seen(augmentation="crop_and_flip")
+    assert plain.shape == cropped.shape
+    assert not torch.equal(plain, cropped)
+    assert torch.equal(cropped, seen(augmentation="crop_and_flip"))

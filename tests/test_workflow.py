@@ -249,6 +249,12 @@ def test_shards_gather_to_the_unsharded_log(done, tmp_path):
     assert twice.returncode == 1
     assert "same image" in twice.stderr
     sidecar = logs[1].with_suffix(".json")
+    # A commit between two shards changes neither code nor versions.
+    write_json(sidecar, {**read_json(sidecar), "git_revision": "another", "git_dirty": True})
+    assert bench(done, "gather", "--output", str(whole), *shards).returncode == 0
+    merged = read_json(whole.with_suffix(".json"))
+    assert merged["git_revision"].endswith(", another")
+    assert merged["git_dirty"]
     write_json(sidecar, {**read_json(sidecar), "alpha": 0.5})
     foreign = bench(done, "gather", "--output", str(whole), *shards)
     assert foreign.returncode == 1
@@ -290,7 +296,8 @@ def test_what_certify_cannot_take_is_refused(done, tmp_path):
     model = str(done / "results/smoke/models/base")
     cases = {
         "neither a folder nor a data set": (model, "nowhere"),
-        "need a timm: model": (model, str(folder.parent)),
+        "give --image-size": (model, str(folder.parent)),
+        "give --image-size, which": (model, "imagenet"),
         "timm has no pretrained weights": ("timm:nothing", "fashion_mnist"),
         "classifier.json is missing": (str(tmp_path), "fashion_mnist"),
     }
@@ -299,7 +306,7 @@ def test_what_certify_cannot_take_is_refused(done, tmp_path):
             certify_anything(named, data, 0.25, 8, 0.25, {}, tmp_path / "log.tsv")
 
 
-def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
+def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch, fetched):
     timm = pytest.importorskip("timm")
     config = timm.models.generate_default_cfgs(
         {"tiny": {"num_classes": 2, "input_size": (3, 28, 28)}}
@@ -316,6 +323,11 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         for number in range(3):
             Image.new("RGB", (40, 30), (shade,) * 3).save(tmp_path / name / f"{number}.png")
     changes = {"n": "64", "horizon": "64", "batch_size": "64"}
+    gray = ("timm:tiny", "fashion_mnist", 0.25, 6, 0.125, {}, tmp_path / "log.tsv")
+    with pytest.raises(BenchError, match="cannot take images 1 x 28 x 28"):
+        certify_anything(*gray)
+    with pytest.raises(BenchError, match="--step must be positive"):
+        certify_anything(*gray[:4], 0.0, *gray[5:])
     table = certify_anything(
         "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
     )

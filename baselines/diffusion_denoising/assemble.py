@@ -45,9 +45,18 @@ def denoiser_at(
 
 
 def assemble(job: BaselineJob) -> None:
-    """Write the model folder of one sigma; the UNet lies where `train` wrote it."""
+    """Write the model folder of one sigma; the UNet lies where the workflow puts it.
+
+    Raises:
+        BenchError: it is missing, or of other settings.
+    """
     settings = DiffusionSettings.of(job.experiment, job.method)
-    trained = job.output.parents[1] / "unet" / job.output.name
+    trained = job.output.absolute().parents[1] / "unet" / job.output.name
+    if not (trained / "cost.json").exists():
+        raise BenchError(
+            f"{trained} is missing: train the UNet there (baselines.diffusion_denoising.train "
+            "--sigma 0), for an --output like METHOD/sigma_0.50/seed_0 next to METHOD/unet/seed_0"
+        )
     cost = read_json(trained / "cost.json")
     expected = job.experiment.training_fingerprint(job.method, 0.0, job.seed)
     if cost.pop("fingerprint") != expected:
@@ -61,7 +70,8 @@ def assemble(job: BaselineJob) -> None:
         "head_parameters": 0,
         "total_parameters": sum(p.numel() for p in classifier.parameters()),
         "inference_flops": inference_flops(classifier, job.data.shape),
-        "base_training_flops": base_flops(job.base_folder),
+        # What others' UNets have cost is not known, and is not nothing.
+        "base_training_flops": base_flops(job.base_folder) if settings.pretrained is None else None,
         "queries": 0,
     }
     report = training_report(None, job.device, job.data, job.training.model_dump())

@@ -32,7 +32,7 @@ rule train_diffusion:
             wildcards.method, 0.0, int(wildcards.seed)
         ),
     shell:
-        "python -m baselines.diffusion_denoising.train --experiment {params.experiment}"
+        "python -m baselines.diffusion_denoising.train --experiment {params.experiment:q}"
         " --method {wildcards.method} --sigma 0 --seed {wildcards.seed}"
         " --output {params.folder} --expect {params.expect}"
         " > {log} 2>&1"

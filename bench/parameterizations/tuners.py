@@ -66,6 +66,8 @@ def _pull_to_orthogonality(network: nn.Module) -> None:
     for factor in factors:
 
         def with_penalty(gradient: Tensor, factor: nn.Parameter = factor) -> Tensor:
+            if factor.grad is not None:  # an earlier micro-batch of this step has had it
+                return gradient
             rows = factor.detach() if len(factor) < factor.shape[1] else factor.detach().T
             excess = rows @ rows.T - torch.eye(len(rows), device=rows.device)
             pull = 2 * excess @ rows / excess.norm().clamp_min(1e-12)

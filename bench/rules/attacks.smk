@@ -22,7 +22,7 @@ rule attack:
         experiment=EXPERIMENT_FILE,
         expect=planned_attack,
     shell:
-        "python -m bench attack --experiment {params.experiment} --method {wildcards.method}"
+        "python -m bench attack --experiment {params.experiment:q} --method {wildcards.method}"
         " --sigma {wildcards.sigma} --seed {wildcards.seed} --model $(dirname {input.model})"
         " --certificates {input.certificates} --output {output.log} --expect {params.expect}"
         " > {log} 2>&1"
@@ -51,7 +51,7 @@ rule attack_tables:
         logs=lambda wildcards, input: [f"--log {path}" for path in input.logs],
         names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
     shell:
-        "python -m bench attack-tables --experiment {params.experiment} --output {params.folder}"
+        "python -m bench attack-tables --experiment {params.experiment:q} --output {params.folder}"
         " {params.logs} > {log} 2>&1"
 
 
@@ -75,5 +75,5 @@ rule attacks:
         tables=subpath(input.accuracy, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "python -m bench attack-figure --experiment {params.experiment} --tables {params.tables}"
+        "python -m bench attack-figure --experiment {params.experiment:q} --tables {params.tables}"
         " --output {params.folder} > {log} 2>&1"

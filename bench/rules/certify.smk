@@ -1,6 +1,6 @@
 SHARDS = EXPERIMENT.certification.shards
 CERTIFY = (
-    "python -m bench certify-method --experiment {params.experiment}"
+    "python -m bench certify-method --experiment {params.experiment:q}"
     " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
     " --model $(dirname {input.model}) --output {output.log} --expect {params.expect}"
     " --shard {params.shard} > {log} 2>&1"

@@ -170,6 +170,7 @@ def judged_tables(wildcards):
     patterns = [
         *files,
         *(f"reference/{file}" for file in files),
+        "accounting.csv",
         "reference/accounting.csv",
     ]
     return sorted(str(path) for p in patterns for path in Path("results").glob(p))

@@ -57,7 +57,7 @@ rule figures:
         published=published_option,
         folder=lambda wildcards, output: os.path.dirname(output.curves[0]),
     shell:
-        "python -m bench figures --experiment {params.experiment} --tables {params.tables}"
+        "python -m bench figures --experiment {params.experiment:q} --tables {params.tables}"
         " {params.published} --output {params.folder} > {log} 2>&1"
 
 
@@ -84,6 +84,8 @@ rule examples:
         f"{RESULTS}/logs/examples.log",
     benchmark:
         f"{RESULTS}/benchmarks/examples.tsv"
+    resources:
+        mem_mb=job_memory,
     params:
         experiment=EXPERIMENT_FILE,
         names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
@@ -93,7 +95,7 @@ rule examples:
         ],
         stem=lambda wildcards, output: os.path.splitext(output.figure[0])[0],
     shell:
-        "python -m bench examples --experiment {params.experiment} {params.logs}"
+        "python -m bench examples --experiment {params.experiment:q} {params.logs}"
         " {params.models} --table {output.table} --figure {params.stem} > {log} 2>&1"
 
 

@@ -63,7 +63,7 @@ rule tables:
         names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
         step=EXPERIMENT.radius_step,
     shell:
-        "python -m bench tables --experiment {params.experiment} --output {params.folder}"
+        "python -m bench tables --experiment {params.experiment:q} --output {params.folder}"
         " {params.logs} {params.costs} > {log} 2>&1"
 
 
@@ -76,14 +76,14 @@ rule accounting:
         ),
     output:
         report(
-            f"{TABLES}/accounting.csv",
+            "results/accounting.csv",
             category="Tables",
             caption="../report/accounting.rst",
         ),
     log:
-        f"{RESULTS}/logs/accounting.log",
+        "results/logs/accounting.log",
     benchmark:
-        f"{RESULTS}/benchmarks/accounting.tsv"
+        "results/benchmarks/accounting.tsv"
     shell:
         "python -m bench accounting --output {output} 2>&1 | tee {log}"
 
@@ -107,7 +107,7 @@ rule compare_published:
         experiment=EXPERIMENT_FILE,
         names={name: m.published for name, m in EXPERIMENT.methods.items()},
     shell:
-        "python -m bench published --experiment {params.experiment} --accuracy {input.accuracy}"
+        "python -m bench published --experiment {params.experiment:q} --accuracy {input.accuracy}"
         " --published {input.published} --output {output} > {log} 2>&1"
 
 
@@ -157,5 +157,5 @@ rule overview:
             f"--claims {input.claims}" if input.claims else ""
         ),
     shell:
-        "python -m bench overview --experiment {params.experiment} --tables {params.tables}"
+        "python -m bench overview --experiment {params.experiment:q} --tables {params.tables}"
         " {params.logs} {params.claims} --output {output} > {log} 2>&1"

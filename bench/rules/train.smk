@@ -27,7 +27,7 @@ rule pretrain:
         surrogate="",
         expect=EXPERIMENT.base_fingerprint,
     shell:
-        "python -m bench pretrain --experiment {params.experiment} {params.surrogate}"
+        "python -m bench pretrain --experiment {params.experiment:q} {params.surrogate}"
         " --output {params.folder} --expect {params.expect} > {log} 2>&1"
 
 
@@ -88,6 +88,6 @@ rule train:
         base=base_option,
         expect=planned_training,
     shell:
-        "python -m {params.program} --experiment {params.experiment} {params.base}"
+        "python -m {params.program} --experiment {params.experiment:q} {params.base}"
         " --method {wildcards.method} --sigma {wildcards.sigma} --seed {wildcards.seed}"
         " --output $(dirname {output.classifier}) --expect {params.expect} > {log} 2>&1"

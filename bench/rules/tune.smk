@@ -18,5 +18,5 @@ rule tune:
         training=lambda wildcards, input: [f"--training {p}" for p in input.training],
         recorded={n: m.model_dump_json() for n, m in EXPERIMENT.methods.items()},
     shell:
-        "python -m bench tuning --experiment {params.experiment} --output {output}"
+        "python -m bench tuning --experiment {params.experiment:q} --output {output}"
         " {params.training} 2>&1 | tee {log}"

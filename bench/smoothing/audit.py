@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import chisquare
 
 from bench.errors import BenchError
+from bench.files import sha256_file
 from bench.smoothing.bounds import radius_cap
 from bench.smoothing.log import check_positive, parse_cells, read_cells, read_protocol
 
@@ -79,6 +80,7 @@ def audit_log(path: Path, claim: Claim) -> list[Finding]:
         return [Finding("error", str(error))]
     cells.index = log.index
     findings = [
+        *_sidecar(path),
         *_radii(cells, log, claim),
         *_images(log, claim),
         *_order(log),
@@ -88,6 +90,14 @@ def audit_log(path: Path, claim: Claim) -> list[Finding]:
         *_ending(path),
     ]
     return sorted(findings, key=lambda finding: finding.severity)
+
+
+def _sidecar(path: Path) -> Iterator[Finding]:
+    """Ours carry the hash of the log that they were written for."""
+    side = path.with_suffix(".json")
+    written_for = read_protocol(path).get("log_sha256") if side.exists() else None
+    if written_for is not None and written_for != sha256_file(path):
+        yield Finding("error", f"the log was changed since {side.name} was written for it")
 
 
 def _radii(cells: pd.DataFrame, log: pd.DataFrame, claim: Claim) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Votes on disk as rounds end: a kill loses at most one round, a finished run can go on."""
 
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.errors import BenchError
-from bench.files import lock
+from bench.files import atomic_write, lock
+
+log = logging.getLogger(__name__)
 
 
 class Kept(NamedTuple):
@@ -26,7 +29,8 @@ class Journal:
 
     Args:
         path: JSON lines, each after its checksum; the first names the meaning.
-        meaning: hash of all that the votes depend on. A file with another one starts afresh.
+        meaning: hash of all that the votes depend on. A file with another one is put aside
+            (`.old`) and starts afresh; the log says so.
 
     Raises:
         BenchError: another run writes the file, or it is damaged.
@@ -43,6 +47,8 @@ class Journal:
         *lines, torn = self._stream.read().split(b"\n")
         head = {"meaning": meaning}
         if lines[:1] != [checked(head).rstrip(b"\n")]:
+            if lines[1:]:
+                self._put_aside(b"\n".join([*lines, torn]))
             lines, torn = [], b""
             self._stream.truncate(0)
             self._write([head])
@@ -56,6 +62,17 @@ class Journal:
     def holds_votes(self) -> bool:
         """Whether a round was kept, by this run or an earlier one."""
         return bool(self._rows)
+
+    def _put_aside(self, content: bytes) -> None:
+        old = self.path.with_name(f"{self.path.name}.old")
+        with atomic_write(old) as temporary:
+            temporary.write_bytes(content)
+        log.warning(
+            "%s holds votes drawn under other settings, weights, data, code, versions, machine or "
+            "number of threads: they are put aside as %s, certification starts from the beginning",
+            self.path,
+            old.name,
+        )
 
     def close(self) -> None:
         """Let another run have the file."""
