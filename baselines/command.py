@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from bench.backbones import Classifier
 from bench.cli import (
@@ -97,11 +98,14 @@ class BaselineJob:
         starts = [read_spec(folder).weights_sha256 for folder in folders]
         return state_of(self.output, self.identity, self.data, self.training, self.device, starts)
 
-    def with_route(self, cost: dict[str, Any]) -> dict[str, Any]:
-        """`cost` with that of the base, denoiser and surrogates that the training starts from."""
+    def with_route(self, cost: dict[str, Any], front: nn.Module | None) -> dict[str, Any]:
+        """`cost` with that of base, surrogates and the denoiser `front` that it starts from."""
         point = self.experiment.point(self.method)
-        whole = route_cost(cost, point, self.base_folder, self.denoiser)
-        parts = [whole["base_training_flops"], base_flops(*self.surrogates)]
+        whole = route_cost(cost, point, self.base_folder, self.denoiser, front)
+        paid = self.experiment.point(point.denoiser.of).surrogates if point.denoiser else []
+        named = zip(point.surrogates, self.surrogates, strict=True)
+        surrogates = base_flops(*(folder for name, folder in named if name not in paid))
+        parts = [whole["base_training_flops"], surrogates]
         return whole | {"base_training_flops": None if None in parts else sum(parts)}
 
 

@@ -1,6 +1,8 @@
 """A timm model with its preprocessing is a classifier of native pixels."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -222,20 +224,37 @@ def create_classifier(settings: BackboneSettings, classes: int, channels: int) -
     return Classifier(network, mean, std, settings.input_size)
 
 
+@contextmanager
+def plain_attention(*networks: nn.Module) -> Iterator[None]:
+    """Attention written out, for FLOP counters, which do not see fused kernels."""
+    modules = [module for network in networks for module in network.modules()]
+    flags = [(m, m.fused_attn) for m in modules if isinstance(getattr(m, "fused_attn", None), bool)]
+    processors = [(m, m.processor) for m in modules if _of_diffusers(m)]
+    for network in networks:
+        set_fused_attention(network, False)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.fused_attn = flag
+        for module, processor in processors:
+            module.set_processor(processor)  # type: ignore[operator]
+
+
 def set_fused_attention(network: nn.Module, fused: bool) -> None:
     """Switch fused attention (timm, diffusers): CPU training and FLOP counts need it off."""
     for module in network.modules():
         if isinstance(getattr(module, "fused_attn", None), bool):
             module.fused_attn = fused  # type: ignore[assignment]
-        elif type(module).__module__ == "diffusers.models.attention_processor":
-            _set_processor(module, fused)
+        elif _of_diffusers(module):
+            from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+            module.set_processor(AttnProcessor2_0() if fused else AttnProcessor())  # type: ignore[operator]
 
 
-def _set_processor(attention: nn.Module, fused: bool) -> None:
-    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-
-    if isinstance(attention, Attention):
-        attention.set_processor(AttnProcessor2_0() if fused else AttnProcessor())
+def _of_diffusers(module: nn.Module) -> bool:
+    kind = type(module)
+    return (kind.__module__, kind.__name__) == ("diffusers.models.attention_processor", "Attention")
 
 
 def build_component(factory: str, arguments: dict[str, Any]) -> nn.Module:

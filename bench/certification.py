@@ -249,6 +249,7 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         "precision": pick_precision(settings.precision, device),
         "compile": "inductor" if settings.compile else "none",
         "n_images": len(task.wanted),
+        "image_shape": list(task.test.batch(task.wanted[:1]).shape[1:]),
         "weights_sha256": task.weights_sha256,
         "data_sha256": task.data_sha256,
         "images_sha256": sha256_json(task.wanted.tolist()),
@@ -308,6 +309,11 @@ class Progress:
         )
 
 
+def _any_known(values: list[bool | None]) -> bool | None:
+    """Whether any is true; None where one that is not known could be."""
+    return True if True in values else None if None in values else False
+
+
 def gather(shards: list[Path], output: Path) -> None:
     """Put the logs of all shards together.
 
@@ -341,7 +347,7 @@ def gather(shards: list[Path], output: Path) -> None:
         "images_sha256": found,
         "log_sha256": sha256_file(output),
         "git_revision": ", ".join(dict.fromkeys(s["git_revision"] for s in sidecars)),
-        "git_dirty": any(sidecar["git_dirty"] for sidecar in sidecars),
+        "git_dirty": _any_known([sidecar["git_dirty"] for sidecar in sidecars]),
         "shards": len(shards),
     }
     write_json(output.with_suffix(".json"), merged)

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.backbones import Classifier, head_of, set_fused_attention
+from bench.backbones import Classifier, head_of, plain_attention
 
 
 def count_flops(run: Callable[[], object], *modules: nn.Module) -> int:
-    """FLOPs of `run`; fused attention is off meanwhile, since the counter does not see it."""
-    for module in modules:
-        set_fused_attention(module, False)
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of `run` through `modules`, in whose attention every product is counted."""
+    with plain_attention(*modules), FlopCounterMode(display=False) as counter:
         run()
     return int(counter.get_total_flops())
 

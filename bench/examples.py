@@ -96,17 +96,22 @@ def _examples(
         noise = standard_normal(key_tensor([key], torch.device("cpu")), image.shape[1:])[:1]
         examples.append(Example(sigma, part, {"image": image, "with noise": image + sigma * noise}))
     for (method, level), folder in folders.items():
-        # One at a time: a diffusion model per sigma would fill the memory.
-        if (front := load_front(folder)) is None:
-            continue
-        for example in examples:
-            own = example.answers[example.answers["method"] == method]
-            if len(own) and experiment.training_sigma(method, example.sigma) == level:
-                noisy = example.pixels["with noise"]
-                # Of several candidates (V, B, C, H, W) the first.
-                pixels = front(noisy).reshape(-1, *noisy.shape[1:])[:1]
-                example.pixels[own["label"].iloc[0]] = pixels
+        seen = [e for e in examples if experiment.training_sigma(method, e.sigma) == level]
+        _add_front(seen, method, folder)
     return examples
+
+
+def _add_front(examples: list[Example], method: str, folder: Path) -> None:
+    """Add what stands in front of `method`, which is gone before the next one is loaded."""
+    if (front := load_front(folder)) is None:
+        return
+    for example in examples:
+        own = example.answers[example.answers["method"] == method]
+        if len(own):
+            noisy = example.pixels["with noise"]
+            # Of several candidates (V, B, C, H, W) the first.
+            pixels = front(noisy).reshape(-1, *noisy.shape[1:])[:1]
+            example.pixels[own["label"].iloc[0]] = pixels
 
 
 def _draw(examples: list[Example], look: Look) -> Figure:

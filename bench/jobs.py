@@ -137,9 +137,13 @@ def base_flops(*bases: Path | None) -> int | None:
 
 
 def route_cost(
-    cost: dict[str, Any], point: Method, base: Path | None, denoiser: Path | None
+    cost: dict[str, Any],
+    point: Method,
+    base: Path | None,
+    denoiser: Path | None,
+    front: nn.Module | None,
 ) -> dict[str, Any]:
-    """`cost` with what came before.
+    """`cost` with what came before; `front` is the denoiser of the folder `denoiser`.
 
     Another method that the training starts from, or whose denoiser it takes, is paid for from the
     base on. What a borrowed denoiser trained is part of the model; of a route of several steps
@@ -152,8 +156,10 @@ def route_cost(
     keys = ["training_flops", "training_seconds", "training_images", "queries"]
     spent = {key: cost[key] + sum(earlier[key] for earlier in before) for key in keys}
     spent["peak_memory_bytes"] = max(c["peak_memory_bytes"] for c in (cost, *before))
-    if denoiser is not None and point.denoiser is not None and not point.denoiser.trained:
-        borrowed = before[-1]["trainable_parameters"] - before[-1]["head_parameters"]
+    if front is not None and point.denoiser is not None and not point.denoiser.trained:
+        # One that comes pretrained has trained nothing here.
+        size = sum(p.numel() for p in front.parameters())
+        borrowed = min(size, before[-1]["trainable_parameters"])
         spent["trainable_parameters"] = cost["trainable_parameters"] + borrowed
     # Both began with the same base.
     return {**cost, **spent, "base_training_flops": before[0]["base_training_flops"]}
@@ -319,7 +325,8 @@ def train(
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component, point.noise_resolution)
     merged = merge(classifier, adapter).eval()
-    cost = route_cost(_certified_cost(cost, merged, data), point, base, denoiser)
+    cost = _certified_cost(cost, merged, data)
+    cost = route_cost(cost, point, base, denoiser, merged.denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
     save_model(folder, merged, spec, identity, cost, report, adapter)

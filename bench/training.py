@@ -18,6 +18,7 @@ from bench.augmentation import crop_and_flip
 from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
 from bench.errors import BenchError
+from bench.memory import out_of_memory
 from bench.progress import track
 from bench.provenance import pick_precision
 from bench.training_state import TrainingState
@@ -299,7 +300,21 @@ def _finite(value: float, step: int, learning_rate: float) -> float:
 def accuracy(
     classifier: nn.Module, split: ImageSplit, sigma: float = 0.0, seed: int = 0, batch: int = 500
 ) -> float:
-    """Share of `split` classified correctly under one noise draw of `sigma` per image."""
+    """Share of `split` classified correctly under one noise draw of `sigma` per image.
+
+    Batches that do not fit into memory are halved.
+    """
+    try:
+        return _accuracy(classifier, split, sigma, seed, batch)
+    except RuntimeError as error:
+        if not out_of_memory(error) or batch == 1:
+            raise
+    return accuracy(classifier, split, sigma, seed, batch // 2)
+
+
+def _accuracy(
+    classifier: nn.Module, split: ImageSplit, sigma: float, seed: int, batch: int
+) -> float:
     device = next(classifier.parameters()).device
     noise = torch.Generator(device).manual_seed(seed)
     hits = 0

@@ -273,8 +273,14 @@ def test_a_finished_journal_needs_no_draw_and_another_meaning_all_of_them(tmp_pa
     kept = path.read_bytes()
     with pytest.raises(AssertionError):
         certificates(images, settings, model=Forbidden(), journal=Journal(path, "b"))
-    assert path.with_name("votes.jsonl.old").read_bytes() == kept
-    assert "votes.jsonl.old" in caplog.text
+    assert path.with_name("votes.jsonl.a").read_bytes() == kept
+    assert "votes.jsonl.a" in caplog.text
+    other = certificates(images, settings, model=Biased(0.7), journal=Journal(path, "b"))
+    # The machine of before is back: its votes count, and those in between are not lost.
+    back = certificates(images, settings, model=Forbidden(), journal=Journal(path, "a"))
+    assert [row["radius"] for row in back] == [row["radius"] for row in first]
+    again = certificates(images, settings, model=Forbidden(), journal=Journal(path, "b"))
+    assert [row["n_a"] for row in again] == [row["n_a"] for row in other]
 
 
 def test_a_finished_run_extends_to_what_a_longer_one_finds(tmp_path):

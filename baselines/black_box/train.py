@@ -72,7 +72,8 @@ def cost_of(
     prompt = classifier.denoiser
     assert prompt is not None
     pixels = torch.zeros(1, *job.data.shape, device=job.device)
-    counted = prompt if isinstance(classifier, RemoteClassifier) else classifier
+    served = isinstance(classifier, RemoteClassifier)
+    counted = prompt if served else classifier
     with torch.no_grad():
         flops = count_flops(lambda: counted(pixels), counted)
     counts = {
@@ -83,7 +84,8 @@ def cost_of(
     # Forward passes alone: there is no gradient.
     spent = {"training_flops": queries * flops, "inference_flops": flops}
     cost = cost_report(record_of(progress, job), counts, spent)
-    return cost | {"base_training_flops": base_flops(job.base), "queries": queries}
+    base = None if served else base_flops(job.base)
+    return cost | {"base_training_flops": base, "queries": queries}
 
 
 def record_of(progress: Progress, job: BaselineJob) -> TrainingRecord:

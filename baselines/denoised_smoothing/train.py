@@ -100,7 +100,7 @@ def train_denoiser(job: BaselineJob) -> None:
     classifier.to(job.device)
     record, cost = fit_denoiser(job, settings, classifier)
     classifier.eval()
-    cost = job.with_route(cost)
+    cost = job.with_route(cost, denoiser)
     report = training_report(record, job.device, job.data, job.training.model_dump())
     report |= validation(classifier, job.data, job.sigma, job.seed)
     spec = spec_of(job.experiment, job.data, denoiser=component)

@@ -29,8 +29,8 @@ class Journal:
 
     Args:
         path: JSON lines, each after its checksum; the first names the meaning.
-        meaning: hash of all that the votes depend on. A file with another one is put aside
-            (`.old`) and starts afresh; the log says so.
+        meaning: hash of all that the votes depend on. Votes of another meaning are put aside, as
+            the log says, and taken back by the run that they fit.
 
     Raises:
         BenchError: another run writes the file, or it is damaged.
@@ -48,10 +48,10 @@ class Journal:
         head = {"meaning": meaning}
         if lines[:1] != [checked(head).rstrip(b"\n")]:
             if lines[1:]:
-                self._put_aside(b"\n".join([*lines, torn]))
-            lines, torn = [], b""
+                self._put_aside(b"\n".join([*lines, b""]))
+            *lines, torn = self._left_by_another_run(head).split(b"\n")
             self._stream.truncate(0)
-            self._write([head])
+            self._append(b"\n".join([*lines, torn]))
         if torn:
             self._stream.truncate(self._stream.tell() - len(torn))
         self._rows: dict[tuple[int, str], list[dict[str, Any]]] = {}
@@ -63,16 +63,27 @@ class Journal:
         """Whether a round was kept, by this run or an earlier one."""
         return bool(self._rows)
 
+    def _aside(self, meaning: str) -> Path:
+        return self.path.with_name(f"{self.path.name}.{meaning[:8]}")
+
     def _put_aside(self, content: bytes) -> None:
-        old = self.path.with_name(f"{self.path.name}.old")
-        with atomic_write(old) as temporary:
+        aside = self._aside(kept_meaning(self.path) or "damaged")
+        with atomic_write(aside) as temporary:
             temporary.write_bytes(content)
         log.warning(
             "%s holds votes drawn under other settings, weights, data, code, versions, machine or "
-            "number of threads: they are put aside as %s, certification starts from the beginning",
+            "number of threads: they are put aside as %s and do not count here",
             self.path,
-            old.name,
+            aside.name,
         )
+
+    def _left_by_another_run(self, head: dict[str, str]) -> bytes:
+        """What a run of the same meaning left, or the first line alone."""
+        aside = self._aside(head["meaning"])
+        if kept_meaning(aside) != head["meaning"]:
+            return checked(head)
+        log.info("certification goes on from %s", aside)
+        return aside.read_bytes()
 
     def close(self) -> None:
         """Let another run have the file."""
@@ -114,10 +125,10 @@ class Journal:
             row = {"idx": idx, "domain": domain, "drawn": kept.drawn, "votes": sparse}
             written.append({**row, "seconds": round(kept.seconds, 6)})
             self._rows.setdefault((idx, domain), [])
-        self._write(written)
+        self._append(b"".join(map(checked, written)))
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        self._stream.write(b"".join(map(checked, rows)))
+    def _append(self, content: bytes) -> None:
+        self._stream.write(content)
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
