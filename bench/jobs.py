@@ -131,7 +131,7 @@ def load_denoiser(
 def base_flops(*bases: Path | None) -> int | None:
     """Training FLOPs of base and surrogates; None where one starts from weights of others."""
     costs = [read_json(folder / "cost.json") for folder in bases if folder is not None]
-    if any(cost["base_training_flops"] is None for cost in costs):
+    if any(cost.get("base_training_flops", 0) is None for cost in costs):
         return None
     return sum(int(cost["training_flops"]) for cost in costs)
 

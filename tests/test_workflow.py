@@ -306,7 +306,7 @@ def test_what_certify_cannot_take_is_refused(done, tmp_path):
             certify_anything(named, data, 0.25, 8, 0.25, {}, tmp_path / "log.tsv")
 
 
-def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch, fetched):
+def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     config = timm.models.generate_default_cfgs(
         {"tiny": {"num_classes": 2, "input_size": (3, 28, 28)}}
@@ -323,11 +323,11 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch, 
         for number in range(3):
             Image.new("RGB", (40, 30), (shade,) * 3).save(tmp_path / name / f"{number}.png")
     changes = {"n": "64", "horizon": "64", "batch_size": "64"}
-    gray = ("timm:tiny", "fashion_mnist", 0.25, 6, 0.125, {}, tmp_path / "log.tsv")
-    with pytest.raises(BenchError, match="cannot take images 1 x 28 x 28"):
-        certify_anything(*gray)
+    asked = ("timm:tiny", str(tmp_path), 0.25, 6, 0.125, {}, tmp_path / "log.tsv")
+    with pytest.raises(BenchError, match="cannot take images 3 x 56 x 56"):
+        certify_anything(*asked, image_size=56)
     with pytest.raises(BenchError, match="--step must be positive"):
-        certify_anything(*gray[:4], 0.0, *gray[5:])
+        certify_anything(*asked[:4], 0.0, *asked[5:])
     table = certify_anything(
         "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
     )
