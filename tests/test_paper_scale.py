@@ -99,7 +99,7 @@ def toy_values(name: str, folder: Path) -> dict:
     small = {"n0": 8, "n": 32, "horizon": 32, "test_images": 4, "batch_size": 32}
     values["certification"] |= {**small, "shards": min(2, values["certification"]["shards"])}
     for method in values["methods"].values():
-        if method.get("baseline") == "denoised_smoothing":
+        if method.get("baseline") == "denoised_smoothing" and "denoiser" not in method:
             method["settings"] |= {"depth": 3, "width": 8}
     values["methods"]["diffusion_denoising"]["settings"]["pretrained"] = str(folder / "unet")
     return values
@@ -153,11 +153,17 @@ def pretrained(request, tmp_path_factory):
     return experiment, folder / "models/base", load_data(experiment.data)
 
 
+def model_of(base: Path, method: str) -> Path:
+    """Where the toy experiment's model of one method lies."""
+    return base.parent / method / "sigma_0.50/seed_0"
+
+
 def test_every_method_trains_at_toy_size(pretrained):
     experiment, base, data = pretrained
     for name, point in experiment.methods.items():
-        output = base.parent / name / "sigma_0.50/seed_0"
-        job = BaselineJob(experiment, name, 0.5, 0, output, base, data, torch.device("cpu"))
+        output = model_of(base, name)
+        shared = model_of(base, point.denoiser.of) if point.denoiser else None
+        job = BaselineJob(experiment, name, 0.5, 0, output, base, data, torch.device("cpu"), shared)
         if point.baseline == "denoised_smoothing":
             train_denoiser(job)
         elif point.baseline == "diffusion_denoising":
