@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.config import Experiment
 from bench.data import load_data, spread
-from bench.figures import STYLE, Look, save_figure
+from bench.figures import STYLE, Look, fit_bars, save_figure
 from bench.files import atomic_write, read_json
 from bench.model_folder import load_front
 from bench.smoothing.engine import PILOT
@@ -150,6 +150,6 @@ def _draw_answers(axis: Axes, example: Example, look: Look) -> None:
         said = "abstains" if answer["predict"] == ABSTAIN else f"{answer['predict']}"
         axis.text(answer["radius"], place, f" {said}", fontsize=7, va="center")
     axis.set_yticks(range(len(example.answers)), example.answers["label"], fontsize=7)
-    axis.invert_yaxis()
+    fit_bars(axis, len(example.answers))
     axis.set_xlim(0, max(2 * example.sigma, 1.2 * example.answers["radius"].max()))
     axis.tick_params(axis="x", labelsize=7)

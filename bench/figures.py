@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
 
 from bench.config import Experiment
 from bench.errors import BenchError
@@ -44,6 +45,7 @@ DASHES = ["-", "--", "-.", ":"]
 MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
 LEGEND_LINE = 0.2  # inches
+FEWEST_BARS = 5
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
 
@@ -225,8 +227,14 @@ def _base_and_smoothed(experiment: Experiment, summary: pd.DataFrame, look: Look
         axis.plot(shares["noisy_accuracy"], names, "k|", markersize=12, markeredgewidth=2)
         axis.set(xlabel="test images (%)", xlim=(0, 100), axisbelow=True)
         axis.set_yticks(range(len(names)), [look.label[name] for name in names])
-    axes[0].invert_yaxis()
+    fit_bars(axes[0], len(names))
     return figure
+
+
+def fit_bars(axis: Axes, count: int) -> None:
+    """Put horizontal bars 0 to `count` - 1 from the top down; a few do not fill the panel."""
+    spare = max(0, FEWEST_BARS - count) / 2
+    axis.set_ylim(count - 0.5 + spare, -0.5 - spare)
 
 
 def _classes(experiment: Experiment, per_class: pd.DataFrame, look: Look) -> Figure:
@@ -338,10 +346,20 @@ def _scatter(
             if hollow is not None and row[hollow] > row[column]:
                 axis.plot(row[hollow], y, color=colour, marker=marker, fillstyle="none", zorder=1)
         axis.set(xscale="log", xlabel=xlabel, ylim=(0, 100))
-        axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
-        axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
+        _label_decades(axis)
+        if (points[column] == 0).any():  # a logarithm has no place for it
+            axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
+            axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
     axes[0].set_ylabel(f"certified accuracy at r = {experiment.figures.radius:g} (%)")
     return figure
+
+
+def _label_decades(axis: Axes) -> None:
+    """Label powers of ten alone, two at least: labels between them would overlap."""
+    low, high = np.log10(axis.get_xlim())
+    if np.floor(high) - np.ceil(low) < 1:
+        axis.set_xlim(10 ** np.floor(low), 10 ** np.ceil(high))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _join_families(axis: Axes, points: pd.DataFrame, look: Look) -> None:

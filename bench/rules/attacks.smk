@@ -52,7 +52,7 @@ rule attack_tables:
         names={name: (m.label, m.family) for name, m in EXPERIMENT.methods.items()},
     shell:
         "python -m bench attack-tables --experiment {params.experiment:q} --output {params.folder}"
-        " {params.logs} > {log} 2>&1"
+        " {params.logs} 2>&1 | tee {log}"
 
 
 rule attacks:
