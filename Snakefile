@@ -13,10 +13,6 @@ if "methods" not in config:
 report: "bench/report/workflow.rst"
 
 
-# Only for --sdm apptainer: an image to install the locked environment into.
-container: "docker://python:3.11"
-
-
 include: "bench/rules/common.smk"
 include: "bench/rules/data.smk"
 include: "bench/rules/train.smk"

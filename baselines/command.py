@@ -96,7 +96,9 @@ class BaselineJob:
         """Where an interrupted training of this job stands, for `fit`."""
         folders = [f for f in (self.base, self.denoiser, *self.surrogates) if f is not None]
         starts = [read_spec(folder).weights_sha256 for folder in folders]
-        return state_of(self.output, self.identity, self.data, self.training, self.device, starts)
+        baseline = self.experiment.point(self.method).baseline
+        place = (self.output, self.identity, self.data, self.training, self.device)
+        return state_of(*place, starts, baseline)
 
     def with_route(self, cost: dict[str, Any], front: nn.Module | None) -> dict[str, Any]:
         """`cost` with that of base, surrogates and the denoiser `front` that it starts from."""

@@ -223,7 +223,6 @@ def _attack_on(
     experiment: Experiment, model: Path, protocol: dict[str, Any], images: Tensor, data: Data
 ) -> Attack:
     """The attack on the network that was certified, in the precision that it was certified in."""
-    settings = experiment.certification
     if isinstance(read_spec(model).backbone, RemoteSettings):
         raise BenchError(
             f"{model}: a served model shows no gradients: leave it out of attack.methods"
@@ -234,8 +233,8 @@ def _attack_on(
     gradients.to(images.device)
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(gradients, images.device.type != "cpu")
-    if settings.compile:
-        shape = (settings.batch_size, *images.shape[1:])
+    if experiment.certification.compile:
+        shape = (protocol["batch_size"], *images.shape[1:])
         compile_for_inference(answers, images[:1].expand(shape).clone())
     return Attack(
         answers=answers,
@@ -245,5 +244,6 @@ def _attack_on(
         seed=protocol["noise_seed"],
         data=data.name,
         settings=experiment.attack_settings,
-        batch_size=settings.batch_size,
+        # Certification may have halved its own to fit; another shape would round differently.
+        batch_size=protocol["batch_size"],
     )

@@ -108,6 +108,11 @@ def certify_method(
     data = resized(load_data(experiment.data), spec.noise_size)
     settings = experiment.certification
     wanted = spread(len(data.test.labels), settings.test_images)
+    if not 1 <= shard <= min(settings.shards, len(wanted)):
+        raise BenchError(
+            f"--shard {shard}: certification.shards deals {len(wanted)} images out to "
+            f"{settings.shards} shards, each of which needs one"
+        )
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
@@ -275,7 +280,7 @@ def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
 def _code_hash(classifier: Classifier) -> str:
     """Hash of the sources that votes and decisions come from: this project's, of this model."""
     root = Path(bench.__file__).parent
-    files = {*root.glob("smoothing/*.py"), root / "resolution.py", Path(__file__)}
+    files = {*root.glob("smoothing/*.py"), root / "data.py", root / "resolution.py", Path(__file__)}
     for module in classifier.modules():
         source = Path(inspect.getfile(type(module)))
         # Not the checkout: it may hold the environment as well.

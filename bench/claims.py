@@ -14,12 +14,11 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
-import yaml
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from bench.config import Name, complaints
 from bench.errors import BenchError
-from bench.files import atomic_write
+from bench.files import atomic_write, read_yaml
 from bench.paired import paired_difference_interval
 from bench.settings import Settings
 from bench.statistics import (
@@ -216,7 +215,9 @@ class RatioAtLeast(AtLeastRule):
             for names in (self.methods, self.rivals)
         )
         names = f"{', '.join(self.methods)} against {', '.join(self.rivals)}"
-        ratio = rival_cost / cost
+        # A method may cost nothing: the ratio is infinite, or unknown where the rival does too.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = float(np.divide(rival_cost, cost))
         found = f"{tables[0]}: sigma {reading.sigma:g}, {reading.cost}: {names}"
         return Estimate(ratio, ratio, ratio, "exact", 1, 1, found)
 
@@ -293,11 +294,7 @@ def load_claims(path: Path) -> Claims:
         BenchError: the file is missing, is not YAML, or breaks the schema.
     """
     try:
-        return Claims.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path} is not valid YAML: {error}") from None
+        return Claims.model_validate(read_yaml(path))
     except ValidationError as error:
         raise BenchError(f"{path} is not a valid claim file:\n{complaints(error)}") from None
 
@@ -456,7 +453,10 @@ def _independent_at(
 def _cost_of(path: Path, method: str, reading: Reading) -> float:
     """A count, the same for every seed."""
     rows = _rows(_read(path), path, method=method, sigma=reading.sigma)
-    return float(rows[reading.cost.split(" + ")].iloc[0].sum(skipna=False))
+    columns = reading.cost.split(" + ")
+    if absent := sorted(set(columns) - set(rows)):
+        raise BenchError(f"{path} has no column {absent[0]}: make the tables again")
+    return float(rows[columns].iloc[0].sum(skipna=False))
 
 
 def render(table: pd.DataFrame) -> str:

@@ -291,8 +291,8 @@ def calibration(
 
 @app.command()
 def resolution(
-    native: Annotated[int, typer.Option(help="Side of the data's images, in pixels.")],
-    size: Annotated[int, typer.Option(help="Side that they are resized to, in pixels.")],
+    native: Annotated[int, typer.Option(help="Side of the data's images, in pixels.", min=1)],
+    size: Annotated[int, typer.Option(help="Side that they are resized to, in pixels.", min=1)],
     sigma: Sigma,
 ) -> None:
     """Print what noise and radii on resized images are in native pixels, by interpolation."""
@@ -414,11 +414,8 @@ def import_(
     from bench.smoothing.log import import_log
 
     curve = import_log(log, sigma, radius_step)
-    try:
-        with atomic_write(output) as temporary:
-            curve.to_csv(temporary, index=False)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise BenchError(f"--output {output} cannot be written: {error.strerror}") from None
+    with atomic_write(output) as temporary:
+        curve.to_csv(temporary, index=False)
 
 
 @app.command()
@@ -481,8 +478,9 @@ def _out_of_resources(error: Exception) -> str | None:
 
         if out_of_memory(error):
             return (
-                f"out of memory ({str(error).partition(chr(10))[0]:.200}): free some, or lower "
-                "training.batch_size, which trains another model"
+                f"out of memory ({str(error).partition(chr(10))[0]:.200}): free some, start fewer "
+                "jobs at once, or lower training.micro_batch_size, certification.batch_size or "
+                "attack.batch_size, whichever this job takes"
             )
     return None
 

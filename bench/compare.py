@@ -102,7 +102,7 @@ def _compare_parameters(a: Path, b: Path) -> pd.DataFrame:
         b=right,
         difference=left - right,
         joint_half_width=0.0,
-        agrees=left == right,
+        agrees=(left == right) | (left.isna() & right.isna()),
     )
 
 

@@ -5,7 +5,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -18,7 +17,7 @@ from pydantic import (
 )
 
 from bench.errors import BenchError
-from bench.files import sha256_json
+from bench.files import read_yaml, sha256_json
 from bench.parameterization_settings import INSERTED, Frozen, Parameterization, Scratch
 from bench.settings import Settings
 
@@ -432,6 +431,8 @@ class CertificationSettings(Settings):
                 "image: even n equal votes give a bound below 1/2; raise n (10 is the least at "
                 "0.001)"
             )
+        if self.shards > self.test_images:
+            raise ValueError(f"shards = {self.shards} exceeds test_images = {self.test_images}")
         if self.mode == "decide" and self.n > self.horizon:
             raise ValueError(f"n = {self.n} exceeds horizon = {self.horizon}: raise horizon")
         if self.mode == "decide" and self.n < min(32, self.horizon):
@@ -755,7 +756,10 @@ class Experiment(Settings):
         labels = {"label", "family", "sigmas", "published", "grid"}
         own = {"training", "objective", "train_sigma", "start", "noise_resolution"}
         point = chosen.model_dump(exclude=labels | own)
-        objective = [chosen.objective.kind, chosen.objective.at(sigma)]
+        try:
+            objective = [chosen.objective.kind, chosen.objective.at(sigma)]
+        except ValueError as error:
+            raise BenchError(f"methods.{method}.objective.{error}") from None
         training = self.method_training(method).defining()
         start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
         if self.pretrain.data is not None:
@@ -838,13 +842,7 @@ def load_experiment(path: Path) -> Experiment:
     Raises:
         BenchError: the file is missing, is not YAML, or breaks the schema.
     """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path} is not valid YAML: {error}") from None
-    return parse_experiment(values, str(path))
+    return parse_experiment(read_yaml(path), str(path))
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,20 +9,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bench.errors import BenchError
 
 # Added to every JSON object that is written: the hash of all the rest.
 SEAL = "content_sha256"
+UNWRITABLE = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
+
+    Raises:
+        BenchError: the folder cannot be made, or takes no such file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except UNWRITABLE as error:
+        if str(error.filename) not in map(str, (temporary, *path.parents)):
+            raise
+        raise BenchError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,6 +102,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if SEAL in value and value.pop(SEAL) != sha256_json(value):
         raise BenchError(f"{path} was changed after it was written: delete it and rerun")
     return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Read plain values from a YAML file.
+
+    Raises:
+        BenchError: the file cannot be read or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise BenchError(f"{path} is not valid YAML: it is nested too deeply") from None
 
 
 def sha256_file(path: Path) -> str:

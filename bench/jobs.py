@@ -24,6 +24,7 @@ from bench.model_folder import (
     check_identity,
     identity_of,
     load_classifier,
+    load_front,
     read_spec,
     save_model,
     spec_of,
@@ -34,7 +35,7 @@ from bench.objectives.noise import Batch
 from bench.parameterizations import adapt, step_hook
 from bench.provenance import machine, pick_device, pick_precision, versions
 from bench.resolution import resized
-from bench.sources import TRAINING, sources_sha256
+from bench.sources import sources_sha256, training_sources
 from bench.training import TrainingRecord, accuracy, fit
 from bench.training_state import TrainingState
 
@@ -120,7 +121,7 @@ def load_denoiser(
             raise BenchError(f"methods.{method}.denoiser and --denoiser go together: give both")
         return None, None
     check_identity(folder, identity_of(experiment, shared.of, sigma, seed))
-    denoiser = load_classifier(folder).denoiser
+    denoiser = load_front(folder)
     if denoiser is None:
         raise BenchError(
             f"methods.{method}.denoiser.of: {shared.of} has no denoiser: name a method that has one"
@@ -186,6 +187,7 @@ def state_of(
     settings: TrainingSettings,
     device: torch.device,
     starts: list[str],
+    baseline: str | None = None,
 ) -> TrainingState:
     """Where an interrupted training of this very model folder stands.
 
@@ -196,12 +198,13 @@ def state_of(
         settings: of the training.
         device: where it runs.
         starts: hashes of the weights that it starts from or asks.
+        baseline: folder under `baselines/` whose code trains.
     """
     meaning = {
         **identity.model_dump(),
         "data": data.sha256,
         "starts": starts,
-        "sources": sources_sha256(*TRAINING, "baselines"),
+        "sources": sources_sha256(*training_sources(baseline)),
         "versions": versions(),
         "machine": machine(device),
         "precision": pick_precision(settings.precision, device),

@@ -5,7 +5,6 @@ How many draws an image takes is expected by replaying the sequential test on as
 """
 
 import importlib
-import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from bench.config import (
     TrainingSettings,
 )
 from bench.data import Description, describe
+from bench.errors import BenchError
 from bench.expected import expected_draws
 from bench.files import atomic_write
 from bench.objectives import OBJECTIVES
@@ -37,6 +37,7 @@ from bench.objectives.noise import Batch
 from bench.parameterization_settings import Boft
 from bench.parameterizations import adapt, insert_modules
 from bench.rates import Rate
+from bench.sources import baseline_folder
 from bench.training import BatchLoss
 from bench.weightless import Pass, follow, for_inference, without_weights
 
@@ -189,11 +190,10 @@ def objective_loss(classifier: nn.Module, objective: Objective, sigma: float) ->
 def plan_method(planner: Planner, name: str) -> Planned:
     """What a method's trainings take; a baseline with a module `plan` counts for itself."""
     baseline = planner.experiment.methods[name].baseline
-    if baseline is not None:
-        module = f"baselines.{baseline}.plan"
-        if importlib.util.find_spec(module) is not None:
-            planned: Planned = importlib.import_module(module).plan(planner, name)
-            return planned
+    if baseline is not None and (baseline_folder(name, baseline) / "plan.py").exists():
+        module = importlib.import_module(f"baselines.{baseline}.plan")
+        planned: Planned = module.plan(planner, name)
+        return planned
     return _plan_product(planner, name)
 
 
@@ -206,6 +206,11 @@ def _plan_product(planner: Planner, name: str) -> Planned:
     if point.trains:
         settings = planner.experiment.method_training(name)
         trained = _trained(planner, point, settings)
+        if not any(parameter.requires_grad for parameter in trained.parameters()):
+            raise BenchError(
+                f"methods.{name}: the rule `train` would train nothing: give "
+                f"baselines/{point.baseline} a plan.py, as baselines/denoised_smoothing has"
+            )
         if hasattr(trained.network, "merge_and_unload"):
             # The adapter is kept beside the merged weights.
             disk += parameter_bytes(trained, trained=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy")
+PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "pillow")
 
 
 def machine(device: torch.device) -> str:

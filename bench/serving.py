@@ -9,6 +9,7 @@ from bench.backbones import Classifier
 from bench.config import Access
 from bench.errors import BenchError
 from bench.files import sha256_json
+from bench.memory import out_of_memory
 from bench.model_folder import load_classifier, read_spec
 from bench.provenance import machine, pick_device, pick_precision
 from bench.remote import Answer, Description, Question, WireArray, show
@@ -38,8 +39,15 @@ def create_app(classifier: Classifier, described: Description) -> FastAPI:
             raise HTTPException(422, f"images must have {described.channels} channels")
         if images.shape[0] > described.max_batch:
             raise HTTPException(413, f"at most {described.max_batch} images at a time")
-        with torch.inference_mode():
-            shown = show(classifier(images.tensor().to(device)), described.access)
+        try:
+            with torch.inference_mode():
+                shown = show(classifier(images.tensor().to(device)), described.access)
+        # What networks raise where the shape does not fit; timm asserts.
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            shape = " x ".join(map(str, images.shape[1:]))
+            raise HTTPException(422, f"the model cannot take images {shape}") from error
         return Answer(answers=WireArray.of(shown))
 
     return app

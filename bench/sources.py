@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
 
 ROOT = Path(__file__).parents[1]
@@ -12,12 +13,35 @@ TRAINING = (
     "bench/data.py",
     "bench/jobs.py",
     "bench/lenet.py",
+    "bench/model_folder.py",
     "bench/resolution.py",
     "bench/training.py",
     "bench/training_state.py",
     "bench/objectives",
     "bench/parameterizations",
 )
+
+
+def training_sources(baseline: str | None) -> tuple[str, ...]:
+    """Where the code of a training is: what all share, and the folder of its baseline, if any."""
+    shared = ("baselines/command.py", "baselines/settings.py")
+    return TRAINING if baseline is None else (*TRAINING, *shared, f"baselines/{baseline}")
+
+
+def baseline_folder(method: str, baseline: str) -> Path:
+    """The folder of a method's baseline.
+
+    Raises:
+        BenchError: there is none, or it has no rules.
+    """
+    folders = {path.parent.name: path.parent for path in ROOT.glob("baselines/*/rules.smk")}
+    if baseline not in folders:
+        known = ", ".join(sorted(folders))
+        raise BenchError(
+            f"methods.{method}.baseline: there is no baselines/{baseline}/rules.smk: take one of "
+            f"{known}, or write it"
+        )
+    return folders[baseline]
 
 
 def python_files(*places: str) -> list[Path]:

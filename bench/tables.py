@@ -23,6 +23,14 @@ from bench.statistics import (
 )
 
 KEY = ["method", "label", "family", "sigma", "seed"]
+COSTS = [
+    "trainable_parameters",
+    "head_parameters",
+    "total_parameters",
+    "training_flops",
+    "base_training_flops",
+    "inference_flops",
+]
 LEADERBOARD_STEPS = 4
 VOTE_SHARES = 101
 Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
@@ -258,6 +266,11 @@ def _cost_rows(experiment: Experiment, costs: list[dict[str, Any]]) -> list[dict
 
 
 def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:
+    if absent := [key for key in COSTS if key not in cost]:
+        raise BenchError(
+            f"cost.json of {cost['method']} lacks {absent[0]}: its baseline must write it "
+            "(docs/adding-a-method.md)"
+        )
     without = cost["trainable_parameters"] - cost["head_parameters"]
     rest = {k: v for k, v in cost.items() if k not in (*KEY, "experiment", "fingerprint")}
     return {**names_of(experiment, cost), "trainable_without_head": without, **rest}

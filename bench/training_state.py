@@ -16,7 +16,7 @@ from bench.files import atomic_write, sha256_json
 from bench.provenance import tensors_sha256
 
 log = logging.getLogger(__name__)
-FILE = "training_state.safetensors"
+FILES = "training_state.*.safetensors"
 SAVE_SECONDS = 120.0
 # Stands in the JSON where a tensor stood.
 TENSOR = "__tensor__"
@@ -27,11 +27,12 @@ class TrainingState:
 
     Args:
         folder: the model folder to come.
-        meaning: hash of all that the training depends on; a file with another one is not used.
+        meaning: hash of all that the training depends on. It is part of the file's name, so that
+            a run on another machine, say, leaves this state for a run that it fits.
     """
 
     def __init__(self, folder: Path, meaning: str) -> None:
-        self.path = folder / FILE
+        self.path = folder / FILES.replace("*", meaning[:8])
         self.meaning = meaning
         self._saved = time.monotonic()
 
@@ -41,17 +42,18 @@ class TrainingState:
         None where there is nothing, or nothing of this training; the log says why.
         """
         if not self.path.exists():
+            for other in self.path.parent.glob(FILES):
+                log.warning(
+                    "%s is of other settings, weights, data, code or machine, and stays for a run "
+                    "that it fits: training starts from the beginning",
+                    other,
+                )
             return None
         try:
             with safe_open(self.path, "pt", device=str(device)) as stored:
                 described = stored.metadata() or {}
                 if described["meaning"] != self.meaning:
-                    log.warning(
-                        "%s is of other settings, weights, data, code or machine: training starts "
-                        "from the beginning",
-                        self.path,
-                    )
-                    return None
+                    raise ValueError("it is of another training")
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             if described["sha256"] != _digest(described["state"], tensors):
                 raise ValueError("its sha256 differs")
@@ -74,8 +76,8 @@ class TrainingState:
 
 
 def discard_state(folder: Path) -> None:
-    """Delete what a finished training left in its model folder, killed saves included."""
-    for path in (*folder.glob(FILE), *folder.glob(f".{FILE}.*.partial")):
+    """Delete all states in the folder of a finished model, killed saves included."""
+    for path in (*folder.glob(FILES), *folder.glob(f".{FILES}.*.partial")):
         path.unlink(missing_ok=True)
 
 

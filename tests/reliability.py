@@ -29,8 +29,9 @@ mixtures, not a forger, who can make hashes as well. JSON without a hash counts 
 
 ## Not covered
 
-- Training is not split into smaller batches where memory runs out: most objectives draw noise per
-  batch, and batch normalisation sees it, so the step would be another.
+- Training does not split its batches by itself where memory runs out: most objectives draw noise
+  per batch, and batch normalisation sees it, so the step would be another.
+  `training.micro_batch_size` splits them, if asked.
 - Snakemake compares times of files: an edit of the code that a wrong clock dates before the results
   reruns nothing. Settings are compared by content and always rerun.
 - Tables carry no hash: figures, claims and `bench compare` take them as they are.

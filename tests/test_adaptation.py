@@ -28,7 +28,7 @@ from bench.model_folder import (
 )
 from bench.parameterization_settings import INSERTED
 from bench.parameterizations import INSERTIONS
-from bench.tables import _cost_rows
+from bench.tables import COSTS, _cost_rows
 
 ROOT = Path(__file__).parents[1]
 LORA = {"kind": "lora", "r": 2, "lora_alpha": 4}
@@ -275,7 +275,7 @@ def test_what_is_trained_is_what_is_needed(values):
 
 def test_one_training_is_paid_in_the_row_of_every_sigma(values):
     experiment = parse_experiment(values, "x")
-    counts = {"trainable_parameters": 3, "head_parameters": 1, "training_flops": 7}
+    counts = dict.fromkeys(COSTS, 7)
     places = {(n, experiment.training_sigma(n, s), seed) for n, s, seed in experiment.points()}
     costs = [{"method": n, "sigma": s, "seed": seed, **counts} for n, s, seed in sorted(places)]
     rows = _cost_rows(experiment, costs)
@@ -283,6 +283,10 @@ def test_one_training_is_paid_in_the_row_of_every_sigma(values):
         (name, sigma) for name in METHODS for sigma in (0.25, 0.5)
     ]
     assert {row["training_flops"] for row in rows} == {7}
+    assert {row["trainable_without_head"] for row in rows} == {0}
+    del costs[0]["base_training_flops"]
+    with pytest.raises(BenchError, match=r"cost\.json of .* lacks base_training_flops"):
+        _cost_rows(experiment, costs)
     with pytest.raises(BenchError, match=r"clean at sigma 0\.0, seed 0 has no results"):
         _cost_rows(experiment, [cost for cost in costs if cost["method"] != "clean"])
 

@@ -1,6 +1,7 @@
 """Attacks against closed forms, certificates against attacks, and that a false one is caught."""
 
 import copy
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -321,6 +322,24 @@ def test_certificates_of_another_model_are_refused(world):
     write_json(folder / "foreign.json", other)
     with pytest.raises(BenchError, match="weights_sha256 is 'of another training'"):
         attacked(world, "undefended", certificates="foreign")
+
+
+def test_attacked_points_are_judged_in_the_batches_that_certified(world, monkeypatch):
+    """Certification may have halved them to fit, and another shape may round differently."""
+    _, folder = world
+    sidecar = read_json(folder / "undefended.json")
+    write_json(folder / "halved.json", {**sidecar, "batch_size": 64})
+    shutil.copy(folder / "undefended.tsv", folder / "halved.tsv")
+    sizes, run = [], attack_certificates
+
+    def seen(attack, *rest):
+        sizes.append(attack.batch_size)
+        return run(attack, *rest)
+
+    monkeypatch.setattr("bench.attacks.attack_certificates", seen)
+    attacked(world, "undefended", certificates="halved")
+    assert sidecar["batch_size"] > 64
+    assert sizes == [64]
 
 
 @pytest.mark.parametrize(

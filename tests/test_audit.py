@@ -123,6 +123,15 @@ def test_a_missing_image_of_a_full_test_set(tmp_path: Path) -> None:
     assert only(found(tmp_path, rows)) == finding
 
 
+@pytest.mark.parametrize("wanted", [7_000, 9_000, 9_999])
+def test_most_of_a_test_set_is_spread_evenly(tmp_path: Path, wanted: int) -> None:
+    rows = (honest() * 100)[:wanted]
+    rows = [[10_000 * i // wanted, *row[1:]] for i, row in enumerate(rows)]
+    assert not any("images missing" in line for line in found(tmp_path, rows))
+    del rows[wanted // 2 : wanted // 2 + 3]
+    assert any("images missing" in line for line in found(tmp_path, rows))
+
+
 def test_strides_that_alternate_are_regular(tmp_path: Path) -> None:
     rows = honest()
     for i, row in enumerate(rows):

@@ -224,12 +224,12 @@ def test_every_bit_survives_the_wire():
 
 
 class Toy(torch.nn.Module):
-    """`shifted(0.5)` as a module."""
+    """`shifted(0.5)` as a module, for images 8 x 8."""
 
     mean = torch.zeros(1)
 
     def forward(self, pixels):
-        return shifted(0.5)(pixels)
+        return shifted(0.5)(pixels.view(-1, 1, 8, 8))
 
 
 def toy_app(access="logits") -> FastAPI:
@@ -319,6 +319,8 @@ def test_what_does_not_fit_is_refused_in_words():
         with pytest.raises(BenchError, match="must have 1 channels"):
             remote(torch.rand(2, 3, 8, 8))
         assert remote.ledger.spent == 2
+        with pytest.raises(BenchError, match="cannot take images 1 x 4 x 9"):
+            remote(torch.rand(2, 1, 4, 9))
         with pytest.raises(BenchError, match="shows top1, but logits is asked for"):
             RemoteModel(RemoteSettings(url=url, access="logits"))
         with pytest.raises(BenchError, match="serves another model"):

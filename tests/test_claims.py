@@ -164,6 +164,22 @@ def test_the_best_of_a_group_pays_for_the_choice(tables):
     assert row["comparisons"] == 4
 
 
+def test_the_best_of_several_meets_the_best_of_several_rivals(tables):
+    """Effect and ends are those of the best method against the rival that it beats by least."""
+    values = {"m0": 0.60, "m1": 0.70, "r0": 0.40, "r1": 0.55}
+    only = {("m0", "r0"): (90, 10), ("m0", "r1"): (30, 10)}
+    only |= {("m1", "r0"): (125, 5), ("m1", "r1"): (64, 4)}
+    write_curves(tables, values)
+    write_pairs(tables, *((*pair, *counts) for pair, counts in only.items()))
+    row = judge(tables, {**ABOVE, "methods": ["m0", "m1"], "rivals": ["r0", "r1"]})
+    counts = np.array([only["m0", "r0"], only["m0", "r1"], only["m1", "r0"], only["m1", "r1"]])
+    ends = paired_difference_interval(*counts.T, IMAGES, 1 - 0.05 / 4)
+    low, high = (np.max([min(end[:2]), min(end[2:])]) for end in ends)
+    assert row["effect"] == pytest.approx(0.15)
+    assert (row["low"], row["high"]) == pytest.approx((low, high))
+    assert row["comparisons"] == 4
+
+
 def best_coverage(corrected: bool) -> float:
     """How often the interval of the best of 8 equal methods holds their accuracy."""
     hits = np.random.default_rng(0).binomial(IMAGES, 0.6, size=(4_000, 8))
@@ -210,6 +226,17 @@ def test_a_cost_that_is_not_known_decides_nothing(tables):
     row = judge(tables, {**CHEAPER, "costs": ["training_flops + base_training_flops"]})
     assert (row["verdict"], row["reason"]) == ("undecided", "cost unknown")
     assert "| cost unknown |" in (tables.parents[2] / "claims.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("costs", "effect", "verdict"),
+    [([0, 100], np.inf, "supported"), ([0, 0], None, "undecided"), ([10, 0], 0, "contradicted")],
+)
+def test_a_method_may_cost_nothing(tables, costs, effect, verdict):
+    cost = pd.read_csv(tables / "cost.csv").assign(trainable_parameters=costs)
+    cost.to_csv(tables / "cost.csv", index=False)
+    row = judge(tables, CHEAPER)
+    assert (row["verdict"], row["effect"]) == (verdict, effect)
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(10, "supported"), (9.9, "contradicted")])
@@ -261,6 +288,10 @@ def test_the_first_folder_that_has_an_experiment_counts(tables, tmp_path):
         ({**LEVEL, "radii": [0.3]}, r"claims\.one: .* has no radius 0\.15"),
         ({**ABOVE, "rivals": ["cnm"]}, r"claims\.one: .*certified_accuracy\.csv has no method cnm"),
         ({**CHEAPER, "rivals": ["cnm"]}, r"claims\.one: .*cost\.csv has no method cnm"),
+        (
+            {**CHEAPER, "costs": ["training_flops"]},
+            r"claims\.one: .*cost\.csv has no column training_flops",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_file_and_key(tables, rule, named):

@@ -83,6 +83,13 @@ def test_other_trainable_parameters_disagree(ours: Path, tmp_path: Path) -> None
     assert set(frame.loc[~frame["agrees"], "quantity"]) == {"trainable_parameters"}
 
 
+def test_a_count_that_neither_side_knows_agrees(ours: Path) -> None:
+    cost = pd.read_csv(ours / "tables/cost.csv").astype({"trainable_parameters": float})
+    cost.loc[0, "trainable_parameters"] = np.nan
+    cost.to_csv(ours / "tables/cost.csv", index=False)
+    assert compare_results(ours, ours)["agrees"].all()
+
+
 def test_other_radii_are_an_error(ours: Path, tmp_path: Path) -> None:
     other = write_results(tmp_path / "other", [400, 300, 100], np.array([0.0, 0.1, 0.5]))
     with pytest.raises(BenchError, match="radius_step"):

@@ -5,11 +5,38 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from bench.config import json_schema, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
 
 ROOT = Path(__file__).parents[1]
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.just("lora")
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+SIGNS = st.text(alphabet="[]{}:-,&*!?|>%@'\"# \n\tname0", max_size=300)
+FUZZ = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def places(values: object, path: tuple = ()) -> list[tuple]:
+    """The path of everything below `values`."""
+    items: list = []
+    if isinstance(values, dict):
+        items = list(values.items())
+    elif isinstance(values, list):
+        items = list(enumerate(values))
+    below = [place for key, value in items for place in places(value, (*path, key))]
+    return ([path] if path else []) + below
 
 
 @pytest.mark.parametrize(
@@ -22,6 +49,7 @@ ROOT = Path(__file__).parents[1]
         (("sigmas",), [0.5, 0.5], "repeat"),
         (("certification", "n"), 9, "raise n"),
         (("certification", "batch_size"), 100, "certification.batch_size"),
+        (("certification", "shards"), 10_001, "exceeds test_images"),
         (("certification", "alpha"), 0.0, "certification.alpha"),
         (("methods", "lora", "learning_rate"), None, "learning_rate is missing"),
         (("methods", "../up"), {"label": "x", "family": "y"}, "methods"),
@@ -59,6 +87,34 @@ def test_unreadable_files_are_named(tmp_path):
         load_experiment(broken)
 
 
+@given(data=st.data())
+@FUZZ
+def test_an_experiment_with_anything_anywhere_loads_or_is_refused(smoke_values, data):
+    values = copy.deepcopy(smoke_values)
+    *path, key = data.draw(st.sampled_from(places(values)))
+    target = values
+    for step in path:
+        target = target[step]
+    target[key] = data.draw(ANYTHING)
+    said = None
+    try:
+        parse_experiment(values, "mine.yaml")
+    except BenchError as error:
+        said = str(error)
+    assert said is None or "mine.yaml" in said
+
+
+@given(content=st.one_of(st.binary(max_size=200), SIGNS.map(str.encode)))
+@example(content=b"[" * 2000)
+@example(content=b"&a [*a]")
+@FUZZ
+def test_a_file_of_anything_is_refused(tmp_path, content):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BenchError, match=r"mine\.yaml"):
+        load_experiment(path)
+
+
 def test_yaml_cannot_build_python_objects(tmp_path):
     path = tmp_path / "evil.yaml"
     path.write_text("name: !!python/object/apply:os.getcwd []")
@@ -92,6 +148,14 @@ def test_fingerprint_follows_what_defines_the_numbers(smoke_values):
     assert fingerprint(lambda v: v["training"].update(images=1024)) != same
     assert fingerprint(lambda v: v["pretrain"].update(images=1024)) != same
     assert original.training_fingerprint("lora", 0.5, 1) != same
+
+
+def test_a_noise_level_that_an_objective_lacks_is_named(smoke_values):
+    values = copy.deepcopy(smoke_values)
+    values["methods"]["lora"]["objective"] = {"kind": "stability", "weight": {0.5: 2.0}}
+    experiment = parse_experiment(values, "x")
+    with pytest.raises(BenchError, match=r"methods\.lora\.objective\.weight has no .* 0\.3"):
+        experiment.training_fingerprint("lora", 0.3, 0)
 
 
 def test_a_method_may_run_at_some_sigmas_only(smoke_values):

@@ -611,11 +611,16 @@ def test_an_answer_that_is_not_a_number_is_wrong():
 @pytest.mark.fault(
     fault="out of memory",
     stage="pretrain, train",
-    outcome="one line that names the key; smaller batches would train another model",
+    outcome="one line that names the key; batches are not split unasked",
 )
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("no")],
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError("no"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
 )
 def test_training_out_of_memory_is_one_line(error):
     def loss(module: nn.Module, step: int) -> torch.Tensor:
@@ -624,7 +629,7 @@ def test_training_out_of_memory_is_one_line(error):
     with pytest.raises(SystemExit) as ended:
         run_guarded(lambda: train_with(loss))
     assert str(ended.value).startswith("error: out of memory")
-    assert "training.batch_size" in str(ended.value)
+    assert "training.micro_batch_size" in str(ended.value)
 
 
 def test_what_the_cpu_cannot_allocate_is_memory_running_out():

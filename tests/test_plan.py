@@ -255,6 +255,26 @@ def test_a_base_that_nothing_starts_from_costs_nothing(smoke_values):
         assert (table["stage"] == "pretrain").sum() == stages
 
 
+@pytest.mark.parametrize(
+    ("baseline", "named"),
+    [
+        (
+            "gaussian_retraining",
+            "mine: the rule `train` would train nothing: give baselines/gaussian",
+        ),
+        (
+            "gaussian_retrain",
+            "mine.baseline: there is no baselines/gaussian_retrain/rules",
+        ),
+    ],
+)
+def test_a_baseline_that_cannot_be_planned_is_named(smoke_values, baseline, named):
+    mine = {"label": "m", "family": "f", "baseline": baseline, "learning_rate": 0.1}
+    experiment = parse_experiment({**smoke_values, "methods": {"mine": mine}}, "x")
+    with pytest.raises(BenchError, match=named):
+        plan(experiment, RATE)
+
+
 def test_inference_halves_the_network_but_not_the_head(smoke):
     data = describe(smoke.data)
     classifier = create_classifier(smoke.backbone, data.classes, data.shape[0])

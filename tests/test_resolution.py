@@ -276,6 +276,14 @@ def test_the_sidecar_says_where_the_noise_was(world, method, said, factor):
     assert sidecar["native_radius_factor"] == factor
 
 
+@pytest.mark.parametrize("shard", [-1, 0, 2])
+def test_a_shard_that_there_is_not_is_refused(world, shard):
+    experiment, _, folder = world
+    model = trained(world, "undefended")
+    with pytest.raises(BenchError, match=rf"--shard {shard}: .* out to 1 shards"):
+        certify_method(experiment, "undefended", SIGMA, 0, model, folder / "log.tsv", shard)
+
+
 def test_a_baseline_that_ignored_it_is_found_out(world):
     experiment, _, folder = world
     model = trained(world, "lora")

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from torch import nn
 from bench.backbones import create_classifier
 from bench.config import BackboneSettings
 from bench.errors import BenchError
-from bench.smoothing import Protocol, certify, reachable_radii
+from bench.smoothing import Protocol, certify, reachable_radii, rules
 from bench.smoothing.bounds import certified_radius, p_a_lower, radius_cap
 from bench.smoothing.journal import Journal, checked
 from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
@@ -138,19 +138,39 @@ class Biased(nn.Module):
         return torch.stack([score, -score], dim=1)
 
 
+RUNS, ALPHA = 2000, 0.05
+MOST_FALSE = binom.isf(1e-4, RUNS, ALPHA)
+
+
+def false_claims(mode: str, p: float) -> int:
+    """How many of `RUNS` certificates at error probability `ALPHA` claim too much."""
+    exact = 0.5 * norm.ppf(p)
+    grid = (0.0, exact) if exact else (0.0, 0.1)
+    # A pilot as long as the test, so that its votes would count if they slipped in.
+    settings = protocol(mode=mode, n0=128, n=128, alpha=ALPHA, radii=grid, batch_size=4096)
+    found = certificates(torch.zeros(RUNS, *SHAPE), settings, model=Biased(p))
+    # The test at r claims p > Phi(r / sigma), which is false at r = exact.
+    false = sum(row["predict"] == 0 and row["radius"] >= exact for row in found)
+    return false + sum(row["predict"] == 1 for row in found)
+
+
 @pytest.mark.parametrize("mode", ["decide", "cohen", "radius"])
 @pytest.mark.parametrize("p", [0.5, 0.8])
 def test_engine_claims_more_than_p_no_oftener_than_alpha(mode, p):
-    runs, alpha = 2000, 0.05
-    images = torch.zeros(runs, *SHAPE)
-    exact = 0.5 * norm.ppf(p)
-    grid = (0.0, exact) if exact else (0.0, 0.1)
-    settings = protocol(mode=mode, n0=32, n=128, alpha=alpha, radii=grid, batch_size=4096)
-    found = certificates(images, settings, model=Biased(p))
-    # The test at r claims p > Phi(r / sigma), which is false at r = exact.
-    false = sum(row["predict"] == 0 and row["radius"] >= exact for row in found)
-    false += sum(row["predict"] == 1 for row in found)
-    assert 0 < false <= binom.isf(1e-4, runs, alpha)
+    assert 0 < false_claims(mode, p) <= MOST_FALSE
+
+
+@pytest.mark.parametrize("mode", ["cohen", "radius"])
+def test_adding_the_pilots_votes_to_the_estimation_is_caught(mode, monkeypatch):
+    """Negative control: importance of fresh draws, in the engine itself."""
+    bound = rules._clopper_pearson
+
+    def reusing(tally, settings):
+        both = {"votes": tally.votes + tally.selection, "drawn": tally.drawn + tally.piloted}
+        return bound(replace(tally, **both), settings)
+
+    monkeypatch.setattr(rules, "_clopper_pearson", reusing)
+    assert false_claims(mode, 0.5) > MOST_FALSE
 
 
 def test_prediction_abstains_at_a_tie_and_answers_where_it_is_sure():
@@ -329,6 +349,26 @@ def test_a_damaged_or_held_journal_certifies_nothing(tmp_path):
 
 def test_a_family_shares_alpha_in_the_sequential_test_too():
     assert plan_of(protocol(mode="decide", family_size=10)).alpha == pytest.approx(0.0001)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reserve": -0.5},
+        {"reserve": 1.0},
+        {"futility": -0.1},
+        {"tolerance": 0.0},
+        {"radii": (-0.5, 0.0, 0.25)},
+        {"radii": (0.0, 0.5, 0.25)},
+        {"radii": (0.0, float("nan"))},
+        {"family_size": 0},
+        {"family_size": 0.5},
+    ],
+    ids=str,
+)
+def test_a_protocol_that_would_void_the_guarantee_is_refused(changes):
+    with pytest.raises(ValueError, match=r"out of range|radii must increase|counts images"):
+        protocol(mode="decide", **changes)
 
 
 def test_what_cannot_be_certified_is_refused():

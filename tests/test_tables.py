@@ -11,7 +11,7 @@ from bench.config import Experiment
 from bench.errors import BenchError
 from bench.smoothing.log import write_log
 from bench.statistics import pool_seeds
-from bench.tables import build_tables, leaderboard_radii, pooled
+from bench.tables import COSTS, build_tables, leaderboard_radii, pooled
 
 SIGMAS = [0.25, 0.5]
 METHODS = ["undefended", "lora"]
@@ -62,7 +62,8 @@ def write_point(
     }
     run = {"seconds": 9.0, "machine": "m", "git_revision": "r", "git_dirty": False}
     log.with_suffix(".json").write_text(json.dumps({**identity, **protocol, **run, **more}))
-    counts = {"trainable_parameters": 130, "head_parameters": 30, "training_flops": 5}
+    counts = {**dict.fromkeys(COSTS, 0), "trainable_parameters": 130, "head_parameters": 30}
+    counts["training_flops"] = 5
     cost.write_text(json.dumps({**identity, **counts}))
     return log, cost
 

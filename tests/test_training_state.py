@@ -20,7 +20,7 @@ from bench.config import Sgd, TrainingSettings, parse_experiment
 from bench.data import ArraySplit
 from bench.jobs import pretrain
 from bench.training import fit
-from bench.training_state import FILE, TrainingState
+from bench.training_state import FILES, TrainingState, discard_state
 
 STEPS = 8
 ADAMW = TrainingSettings(images=4 * STEPS, batch_size=4, weight_decay=0.1, precision="float32")
@@ -143,7 +143,7 @@ def test_states_are_saved_now_and_then(tmp_path, monkeypatch):
 def test_what_is_not_this_trainings_state_is_not_used(damage, tmp_path, every_step, caplog):
     with pytest.raises(Interrupted):
         run(ADAMW, tmp_path, stop=4)
-    path = tmp_path / FILE
+    path = TrainingState(tmp_path, "own").path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     spoilt = {"cut": content[:-9], "flipped": content, "garbage": b"{}"}
@@ -154,6 +154,16 @@ def test_what_is_not_this_trainings_state_is_not_used(damage, tmp_path, every_st
     assert len(steps) == STEPS
     assert same(result, run(ADAMW)[0])
     assert ("of other settings" if damage == "foreign" else "is damaged") in caplog.text
+
+
+def test_a_run_of_another_meaning_leaves_the_state_to_the_one_that_it_fits(tmp_path, every_step):
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=4)
+    with pytest.raises(Interrupted):
+        run(ADAMW, tmp_path, stop=2, meaning="another")
+    assert len(run(ADAMW, tmp_path)[2]) == STEPS - 4
+    discard_state(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 KILLED = """
@@ -190,12 +200,12 @@ def test_a_killed_job_is_finished_by_a_rerun(smoke_values, fetched, tmp_path):
         env={**os.environ, **threads}, capture_output=True, text=True,
     )  # fmt: skip
     assert answer.returncode == -signal.SIGKILL, answer.stderr
-    assert [path.name for path in folder.iterdir()] == [FILE]
+    assert list(folder.iterdir()) == list(folder.glob(FILES))
     experiment = parse_experiment(values, "x")
     pretrain(experiment, folder)
     pretrain(experiment, plain)
     assert (folder / "classifier.json").read_bytes() == (plain / "classifier.json").read_bytes()
-    assert not (folder / FILE).exists()
+    assert not list(folder.glob(FILES))
     left, right = (json.loads((f / "training.json").read_text()) for f in (folder, plain))
     assert (left["sittings"], right["sittings"]) == (2, 1)
     for key in ("images", "loss_curve", "validation_accuracy"):

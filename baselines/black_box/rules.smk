@@ -7,7 +7,7 @@ use rule train as train_black_box with:
     input:
         data=DATA,
         base=BASE,
-        code=[*TRAIN_CODE, *code_of("bench/remote.py", "baselines/black_box")],
+        code=[*training_code("black_box"), *code_of("bench/remote.py")],
     wildcard_constraints:
         method=methods_of("black_box"),
     params:

@@ -9,7 +9,7 @@ use rule train as train_denoiser with:
         base=BASE,
         denoiser=denoiser_of,
         surrogates=surrogates_of,
-        code=[*TRAIN_CODE, *code_of("baselines/denoised_smoothing")],
+        code=training_code("denoised_smoothing"),
     wildcard_constraints:
         method=methods_of("denoised_smoothing"),
     params:

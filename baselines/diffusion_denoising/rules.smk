@@ -9,7 +9,7 @@ rule train_diffusion:
         pretrained=lambda wildcards: DiffusionSettings.of(
             EXPERIMENT, wildcards.method
         ).local_files,
-        code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
+        code=training_code("diffusion_denoising"),
     output:
         unet=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/diffusion_pytorch_model.safetensors",
         cost=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/cost.json",
@@ -43,7 +43,7 @@ use rule train as assemble_diffusion with:
         data=DATA,
         base=BASE,
         unet=rules.train_diffusion.output,
-        code=[*TRAIN_CODE, *code_of("baselines/diffusion_denoising")],
+        code=training_code("diffusion_denoising"),
     wildcard_constraints:
         method=methods_of("diffusion_denoising"),
     priority: 90

@@ -38,10 +38,11 @@ class DiffusionSettings(BaselineSettings):
 
     @property
     def local_files(self) -> list[str]:
-        """Weights of a `pretrained` that is a folder of this machine."""
+        """Weights and configuration of a `pretrained` that is a folder of this machine."""
         if self.pretrained is None:
             return []
-        return sorted(str(path) for path in Path(self.pretrained).rglob("*.safetensors"))
+        kinds = (".safetensors", ".json")
+        return sorted(str(p) for p in Path(self.pretrained).rglob("*") if p.suffix in kinds)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -7,16 +7,21 @@ from snakemake.utils import validate
 
 # The code that runs is the one beside this Snakefile, also in a copy of the repository.
 sys.path.insert(0, workflow.basedir)
-os.environ.update(PYTHONPATH=workflow.basedir)
+PATHS = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+if workflow.basedir not in PATHS:
+    os.environ["PYTHONPATH"] = os.pathsep.join([workflow.basedir, *PATHS])
 
 from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
-from bench.sources import TRAINING, python_files
+from bench.sources import baseline_folder, python_files, training_sources
 
 EXPERIMENT_FILE = os.path.relpath(workflow.configfiles[-1])
 try:
     EXPERIMENT = load_experiment(Path(EXPERIMENT_FILE))
+    for name, method in EXPERIMENT.methods.items():
+        if method.baseline is not None:
+            baseline_folder(name, method.baseline)
     if parse_experiment(dict(config), EXPERIMENT_FILE) != EXPERIMENT:
         raise BenchError(
             f"{EXPERIMENT_FILE} is the whole experiment: change the file (or a copy of it, given "
@@ -60,6 +65,11 @@ def methods_of(baseline):
 def code_of(*places):
     """Python files whose edits change a stage's numbers; Snakemake does not see imports."""
     return [str(path) for path in python_files(*places)]
+
+
+def training_code(baseline):
+    """`code_of` a training, by the code of a baseline's folder or by the generic one alone."""
+    return code_of(*training_sources(baseline))
 
 
 def model_file(name, method, sigma, seed):
@@ -193,11 +203,13 @@ def published_option(wildcards, input):
     return f"--published {input.published}" if input.published else ""
 
 
-TRAIN_CODE = code_of(*TRAINING)
+TRAIN_CODE = training_code(None)
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",
+    "bench/data.py",
     "bench/lenet.py",
+    "bench/model_folder.py",
     "bench/resolution.py",
     *(
         f"bench/smoothing/{name}.py"

@@ -63,6 +63,12 @@ class Protocol:
             raise ValueError(f"batch_size must be a multiple of {BLOCK}, got {self.batch_size}")
         if not (self.sigma > 0 and 0 < self.alpha < 0.5 and self.n > 0 and self.n0 > 0):
             raise ValueError(f"sigma, alpha, n or n0 out of range in {self}")
+        if self.family_size < 1 or self.family_size != int(self.family_size):
+            raise ValueError(f"family_size counts images, got {self.family_size}")
+        if not (0 <= self.reserve < 1 and 0 <= self.futility < 1 and self.tolerance > 0):
+            raise ValueError(f"reserve, futility or tolerance out of range in {self}")
+        if self.radii and not (self.radii[0] >= 0 and (np.diff(self.radii) > 0).all()):
+            raise ValueError(f"radii must increase from 0 or more, got {self.radii}")
         if self.mode == "decide" and not self.radii:
             raise ValueError("mode decide tests a grid of radii: give `radii`, see radius_grid")
         if self.mode == "decide" and self.n > self.horizon:
