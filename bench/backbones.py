@@ -101,8 +101,9 @@ def compile_for_inference(classifier: nn.Module, batch: Tensor) -> None:
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    # On GPUs the mode adds CUDA graphs, which one static shape allows. Kernels must not be chosen
-    # by timing them: a rerun or another shard could get others, which is another network.
+    # Kernels chosen by timing them could be others in a rerun or another shard: another network.
+    inductor.deterministic = True
+    # On GPUs the mode adds CUDA graphs, which one static shape allows.
     mode = "reduce-overhead" if batch.device.type == "cuda" else None
     classifier.compile(dynamic=False, mode=mode)
     with torch.inference_mode():

@@ -280,7 +280,8 @@ def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
 def _code_hash(classifier: Classifier) -> str:
     """Hash of the sources that votes and decisions come from: this project's, of this model."""
     root = Path(bench.__file__).parent
-    files = {*root.glob("smoothing/*.py"), root / "data.py", root / "resolution.py", Path(__file__)}
+    stages = (root / f"{name}.py" for name in ("data", "model_folder", "resolution"))
+    files = {*root.glob("smoothing/*.py"), *stages, Path(__file__)}
     for module in classifier.modules():
         source = Path(inspect.getfile(type(module)))
         # Not the checkout: it may hold the environment as well.

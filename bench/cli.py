@@ -479,8 +479,8 @@ def _out_of_resources(error: Exception) -> str | None:
         if out_of_memory(error):
             return (
                 f"out of memory ({str(error).partition(chr(10))[0]:.200}): free some, start fewer "
-                "jobs at once, or lower training.micro_batch_size, certification.batch_size or "
-                "attack.batch_size, whichever this job takes"
+                "jobs at once, or set a smaller micro_batch_size of `pretrain` or `training`, or "
+                "a smaller batch_size of `certification` or `attack`, whichever job this is"
             )
     return None
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise
         raise BenchError(f"{path} cannot be written: {error.strerror}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where nothing could be written nothing is left, and the error above says why.
+        with suppress(*UNWRITABLE):
+            temporary.unlink()
 
 
 @contextmanager
@@ -114,10 +116,11 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except OSError as error:
         raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path} is not valid YAML: {error}") from None
     except RecursionError:
         raise BenchError(f"{path} is not valid YAML: it is nested too deeply") from None
+    # PyYAML lets what its constructors of dates, numbers and truth values raise pass.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+        raise BenchError(f"{path} is not valid YAML: {error}") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -187,7 +187,7 @@ def state_of(
     settings: TrainingSettings,
     device: torch.device,
     starts: list[str],
-    baseline: str | None = None,
+    *baselines: str | None,
 ) -> TrainingState:
     """Where an interrupted training of this very model folder stands.
 
@@ -198,13 +198,13 @@ def state_of(
         settings: of the training.
         device: where it runs.
         starts: hashes of the weights that it starts from or asks.
-        baseline: folder under `baselines/` whose code trains.
+        baselines: folders under `baselines/` whose code trains, or is trained or passed through.
     """
     meaning = {
         **identity.model_dump(),
         "data": data.sha256,
         "starts": starts,
-        "sources": sources_sha256(*training_sources(baseline)),
+        "sources": sources_sha256(*training_sources(*baselines)),
         "versions": versions(),
         "machine": machine(device),
         "precision": pick_precision(settings.precision, device),
@@ -321,7 +321,8 @@ def train(
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
         starts = [read_spec(f).weights_sha256 for f in (base, denoiser) if f is not None]
-        state = state_of(folder, identity, data, settings, device, starts)
+        lender = experiment.point(point.denoiser.of).baseline if point.denoiser else None
+        state = state_of(folder, identity, data, settings, device, starts, lender)
         record, cost = _fit_classifier(
             settings, classifier, data, point.objective, sigma, point.learning_rate, seed, state
         )

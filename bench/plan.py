@@ -208,8 +208,8 @@ def _plan_product(planner: Planner, name: str) -> Planned:
         trained = _trained(planner, point, settings)
         if not any(parameter.requires_grad for parameter in trained.parameters()):
             raise BenchError(
-                f"methods.{name}: the rule `train` would train nothing: give "
-                f"baselines/{point.baseline} a plan.py, as baselines/denoised_smoothing has"
+                f"methods.{name}.parameterization trains nothing: set it or, if "
+                f"baselines/{point.baseline} trains something else, give that a plan.py"
             )
         if hasattr(trained.network, "merge_and_unload"):
             # The adapter is kept beside the merged weights.

@@ -1,5 +1,6 @@
 """A reference server: any model folder as a black box over HTTP (docs/black-box.md)."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from bench.model_folder import load_classifier, read_spec
 from bench.provenance import machine, pick_device, pick_precision
 from bench.remote import Answer, Description, Question, WireArray, show
 
+log = logging.getLogger(__name__)
 MAX_BATCH = 1024
 
 
@@ -25,6 +27,7 @@ def create_app(classifier: Classifier, described: Description) -> FastAPI:
     """
     app = FastAPI(title="bench serve")
     device = classifier.mean.device
+    taken: set[tuple[int, ...]] = set()
 
     @app.get("/v1/model")
     async def model() -> Description:
@@ -39,15 +42,18 @@ def create_app(classifier: Classifier, described: Description) -> FastAPI:
             raise HTTPException(422, f"images must have {described.channels} channels")
         if images.shape[0] > described.max_batch:
             raise HTTPException(413, f"at most {described.max_batch} images at a time")
+        shape = tuple(images.shape[1:])
         try:
             with torch.inference_mode():
                 shown = show(classifier(images.tensor().to(device)), described.access)
         # What networks raise where the shape does not fit; timm asserts.
         except (RuntimeError, AssertionError, ValueError) as error:
-            if out_of_memory(error):
+            if shape in taken or out_of_memory(error):
                 raise
-            shape = " x ".join(map(str, images.shape[1:]))
-            raise HTTPException(422, f"the model cannot take images {shape}") from error
+            log.exception("images of shape %s", shape)
+            told = " x ".join(map(str, shape))
+            raise HTTPException(422, f"the model cannot take images {told}") from error
+        taken.add(shape)
         return Answer(answers=WireArray.of(shown))
 
     return app

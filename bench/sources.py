@@ -22,10 +22,11 @@ TRAINING = (
 )
 
 
-def training_sources(baseline: str | None) -> tuple[str, ...]:
-    """Where the code of a training is: what all share, and the folder of its baseline, if any."""
-    shared = ("baselines/command.py", "baselines/settings.py")
-    return TRAINING if baseline is None else (*TRAINING, *shared, f"baselines/{baseline}")
+def training_sources(*baselines: str | None) -> tuple[str, ...]:
+    """Where the code of a training is: what all share, and the folders of its baselines."""
+    named = {f"baselines/{baseline}" for baseline in baselines if baseline is not None}
+    shared = ("baselines/command.py", "baselines/settings.py") if named else ()
+    return (*TRAINING, *shared, *sorted(named))
 
 
 def baseline_folder(method: str, baseline: str) -> Path:

@@ -16,7 +16,7 @@ from bench.files import atomic_write, sha256_json
 from bench.provenance import tensors_sha256
 
 log = logging.getLogger(__name__)
-FILES = "training_state.*.safetensors"
+FILES = "training_state*.safetensors"
 SAVE_SECONDS = 120.0
 # Stands in the JSON where a tensor stood.
 TENSOR = "__tensor__"
@@ -32,7 +32,7 @@ class TrainingState:
     """
 
     def __init__(self, folder: Path, meaning: str) -> None:
-        self.path = folder / FILES.replace("*", meaning[:8])
+        self.path = folder / FILES.replace("*", f".{meaning[:8]}")
         self.meaning = meaning
         self._saved = time.monotonic()
 
@@ -44,8 +44,8 @@ class TrainingState:
         if not self.path.exists():
             for other in self.path.parent.glob(FILES):
                 log.warning(
-                    "%s is of other settings, weights, data, code or machine, and stays for a run "
-                    "that it fits: training starts from the beginning",
+                    "%s is of other settings, weights, data, code or machine, and is left aside: "
+                    "training starts from the beginning",
                     other,
                 )
             return None

@@ -107,6 +107,9 @@ def test_an_experiment_with_anything_anywhere_loads_or_is_refused(smoke_values, 
 @given(content=st.one_of(st.binary(max_size=200), SIGNS.map(str.encode)))
 @example(content=b"[" * 2000)
 @example(content=b"&a [*a]")
+@example(content=b"name: 0000-00-00")
+@example(content=b"name: !!bool x")
+@example(content=b"name: !!timestamp x")
 @FUZZ
 def test_a_file_of_anything_is_refused(tmp_path, content):
     path = tmp_path / "mine.yaml"

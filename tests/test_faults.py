@@ -629,7 +629,7 @@ def test_training_out_of_memory_is_one_line(error):
     with pytest.raises(SystemExit) as ended:
         run_guarded(lambda: train_with(loss))
     assert str(ended.value).startswith("error: out of memory")
-    assert "training.micro_batch_size" in str(ended.value)
+    assert "micro_batch_size of `pretrain` or `training`" in str(ended.value)
 
 
 def test_what_the_cpu_cannot_allocate_is_memory_running_out():

@@ -185,9 +185,10 @@ def test_import_writes_a_tidy_curve(tmp_path: Path) -> None:
     assert (curve["value"] <= curve["high"]).all()
 
 
-def test_an_output_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", [".", "log.tsv/curve.csv", "log.tsv/deeper/curve.csv"])
+def test_an_output_that_cannot_be_is_refused(tmp_path: Path, output: str) -> None:
     log = log_of(tmp_path, HEADER + "0\t1\t1\t0.5\t1\t1\n")
-    options = ["--sigma", "0.25", "--output", str(tmp_path)]
+    options = ["--sigma", "0.25", "--output", str(tmp_path / output)]
     done = CliRunner().invoke(app, ["import", str(log), *options])
     assert isinstance(done.exception, BenchError)
     assert "cannot be written" in str(done.exception)

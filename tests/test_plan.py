@@ -260,7 +260,7 @@ def test_a_base_that_nothing_starts_from_costs_nothing(smoke_values):
     [
         (
             "gaussian_retraining",
-            "mine: the rule `train` would train nothing: give baselines/gaussian",
+            "methods.mine.parameterization trains nothing: set it",
         ),
         (
             "gaussian_retrain",

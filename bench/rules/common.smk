@@ -7,9 +7,10 @@ from snakemake.utils import validate
 
 # The code that runs is the one beside this Snakefile, also in a copy of the repository.
 sys.path.insert(0, workflow.basedir)
-PATHS = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-if workflow.basedir not in PATHS:
-    os.environ["PYTHONPATH"] = os.pathsep.join([workflow.basedir, *PATHS])
+others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [workflow.basedir, *(p for p in others if p != workflow.basedir)]
+)
 
 from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
@@ -67,9 +68,9 @@ def code_of(*places):
     return [str(path) for path in python_files(*places)]
 
 
-def training_code(baseline):
-    """`code_of` a training, by the code of a baseline's folder or by the generic one alone."""
-    return code_of(*training_sources(baseline))
+def training_code(*baselines):
+    """`code_of` a training, by the generic code and that of baselines' folders."""
+    return code_of(*training_sources(*baselines))
 
 
 def model_file(name, method, sigma, seed):
@@ -203,7 +204,7 @@ def published_option(wildcards, input):
     return f"--published {input.published}" if input.published else ""
 
 
-TRAIN_CODE = training_code(None)
+TRAIN_CODE = training_code()
 CERTIFY_CODE = code_of(
     "bench/backbones.py",
     "bench/certification.py",
