@@ -33,7 +33,9 @@ VERDICTS = ("supported", "contradicted", "undecided")
 ROUNDING = 1e-6
 CURVES = "certified_accuracy.csv"
 INTRODUCTION = """
-Accuracies are shares, radii l2 in [0, 1] pixels, costs ratios. `paper`: the experiment of the
+Accuracies are shares, radii l2 in [0, 1] pixels. Differences are the method minus its rival, ratios
+the rival's cost over the method's. Where a claim names several methods or rivals, the best of each
+counts and stands beside the number. `paper`: the experiment of the
 paper; `transferred`: a like claim on another, no verdict on the paper's numbers. Every reading is
 judged by itself at 95 %, uncorrected for their number; an interval over the images of one seed
 leaves the randomness of training out. Out of reach: the rival is so good that no classifier could
@@ -71,6 +73,7 @@ class Estimate(NamedTuple):
     interval_kind: str
     seeds: int
     comparisons: int
+    decided_by: str
     evidence: str
 
 
@@ -209,17 +212,15 @@ class RatioAtLeast(AtLeastRule):
 
     def estimate(self, reading: Reading, tables: list[Path]) -> Estimate:
         """Counts, which have no interval."""
-        # An unknown cost (nan) could be the smallest.
-        cost, rival_cost = (
-            float(np.min([_cost_of(tables[0], name, reading) for name in names]))
-            for names in (self.methods, self.rivals)
+        (method, cost), (rival, rival_cost) = (
+            _cheapest(names, tables[0], reading) for names in (self.methods, self.rivals)
         )
         names = f"{', '.join(self.methods)} against {', '.join(self.rivals)}"
         # A method may cost nothing: the ratio is infinite, or unknown where the rival does too.
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = float(np.divide(rival_cost, cost))
         found = f"{tables[0]}: sigma {reading.sigma:g}, {reading.cost}: {names}"
-        return Estimate(ratio, ratio, ratio, "exact", 1, 1, found)
+        return Estimate(ratio, ratio, ratio, "exact", 1, 1, f"{method} against {rival}", found)
 
 
 class AccountingRatioAtLeast(AtLeastRule):
@@ -245,14 +246,16 @@ class AccountingRatioAtLeast(AtLeastRule):
     def estimate(self, reading: Reading, tables: list[Path]) -> Estimate:
         """Counts, which have no interval."""
         table = _read(tables[0]).fillna({"settings": ""})
-        ratios = []
+        ratios: dict[str, float] = {}
         for kind, settings in self.parameterizations.items():
             wanted = {"kind": kind, "settings": settings, "data": reading.experiment}
             rows = _rows(table, tables[0], **wanted, denoiser=self.denoiser)
-            ratios.append(float(rows[f"ratio_{reading.cost}"].iloc[0]))
+            ratios[kind] = float(rows[f"ratio_{reading.cost}"].iloc[0])
         names = "; ".join(f"{k} {s}".strip() for k, s in self.parameterizations.items())
         found = f"{tables[0]}: {reading.experiment}, {self.denoiser}, {reading.cost}: {names}"
-        return Estimate(max(ratios), max(ratios), max(ratios), "exact", 1, 1, found)
+        kind, ratio = max(ratios.items(), key=lambda item: item[1])
+        by = f"{kind} against {self.denoiser}"
+        return Estimate(ratio, ratio, ratio, "exact", 1, 1, by, found)
 
 
 class Claim(Settings):
@@ -377,6 +380,8 @@ def _best(
     ]
     ends = np.reshape(pooled, (len(methods), len(rivals), 3))
     effect, low, high = (float(end) for end in ends.min(axis=1).max(axis=0))
+    best = int(ends[..., 0].min(axis=1).argmax())
+    decisive = methods[best], rivals[int(ends[best, :, 0].argmin())]
     kinds = " and ".join(dict.fromkeys(pair.interval_kind for pair in pairs))
     kinds += "; images and seeds" if len(pairs[0].rows) > 1 else "; images of one seed"
     paths = dict.fromkeys(str(path) for pair in pairs for path in pair.tables)
@@ -384,7 +389,8 @@ def _best(
     groups = " against ".join(", ".join(names) for names in (methods, rivals) if any(names))
     at = f"sigma {reading.sigma:g}, radius {reading.radius:g}, seed {seeds}: {groups}"
     found = f"{' and '.join(paths)}: {at}"
-    return Estimate(effect, low, high, kinds, len(pairs[0].rows), len(pairs), found)
+    by = " against ".join(filter(None, decisive))
+    return Estimate(effect, low, high, kinds, len(pairs[0].rows), len(pairs), by, found)
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -450,6 +456,13 @@ def _independent_at(
     return pd.DataFrame({"seed": sides[0].index, "value": a[0] - b[0], "low": low, "high": high})
 
 
+def _cheapest(methods: list[str], path: Path, reading: Reading) -> tuple[str, float]:
+    """Name and cost of the cheapest; a cost that is not known (nan) could be the smallest."""
+    costs = [_cost_of(path, method, reading) for method in methods]
+    place = int(np.argmin(costs))  # which takes nan for the smallest
+    return methods[place], costs[place]
+
+
 def _cost_of(path: Path, method: str, reading: Reading) -> float:
     """A count, the same for every seed."""
     rows = _rows(_read(path), path, method=method, sigma=reading.sigma)
@@ -465,7 +478,8 @@ def render(table: pd.DataFrame) -> str:
     for verdict in VERDICTS:
         part = table[table["verdict"] == verdict]
         absent = part["reason"] == "not run"
-        lines += [f"## {verdict}: {len(part)}", ""]
+        share = f", {absent.sum()} of them not run" if absent.any() else ""
+        lines += [f"## {verdict}: {len(part)}{share}", ""]
         if len(part[~absent]):
             lines += ["| claim | where | needed | found | 95 % interval |", "|---|---|--:|--:|---|"]
             lines += [*(_line(row) for _, row in part[~absent].iterrows()), ""]
@@ -491,4 +505,5 @@ def _line(row: pd.Series) -> str:
     interval = "exact"
     if pd.notna(row["low"]):
         interval = f"{row['low']:.3f} to {row['high']:.3f} ({row['interval_kind']})"
-    return f"| {row['text']} | {where} | {needed} | {row['effect']:.3g} | {interval} |"
+    found = f"{row['effect']:.3g} ({row['decided_by']})"
+    return f"| {row['text']} | {where} | {needed} | {found} | {interval} |"

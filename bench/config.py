@@ -138,6 +138,16 @@ class TrainingSettings(Settings):
         """Optimizer steps that the budget pays for."""
         return max(1, self.images // self.batch_size)
 
+    @property
+    def pass_size(self) -> int:
+        """Images of one forward and backward pass."""
+        return self.micro_batch_size or self.batch_size
+
+    @property
+    def images_seen(self) -> int:
+        """Training images of all steps: `images` but for what makes no whole batch."""
+        return self.steps * self.batch_size
+
     def defining(self) -> dict[str, Any]:
         """The keys that define a training's numbers, for fingerprints.
 
@@ -275,11 +285,15 @@ class SharedDenoiser(Settings):
     trained: bool = False
 
 
+# They stand in Markdown tables and legends.
+Words = Annotated[str, Field(pattern=r"^[^|\n]+$")]
+
+
 class Method(Settings):
     """One point of backbone x parameterization x objective x denoiser, as named by the user."""
 
-    label: str
-    family: str
+    label: Words
+    family: Words
     sigmas: list[PositiveFloat] | None = Field(default=None, min_length=1)
     published: str | None = None
     baseline: Name | None = None
@@ -528,6 +542,16 @@ class Experiment(Settings):
         if len(set(labels)) != len(labels):
             raise ValueError("two methods have the same label: tables could not tell them apart")
         return methods
+
+    @model_validator(mode="after")
+    def _figures_have_a_radius(self) -> "Experiment":
+        steps = self.figures.radius / self.radius_step
+        if abs(steps - round(steps)) > 1e-6:
+            raise ValueError(
+                f"figures.radius = {self.figures.radius} is no multiple of radius_step = "
+                f"{self.radius_step}: change either"
+            )
+        return self
 
     @cached_property
     def base_fingerprint(self) -> str:

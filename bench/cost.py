@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.backbones import Classifier, head_of, plain_attention
+from bench.config import TrainingSettings
 
 
 def count_flops(run: Callable[[], object], *modules: nn.Module) -> int:
@@ -27,27 +28,45 @@ def inference_flops(classifier: Classifier, shape: tuple[int, int, int]) -> int:
 def training_flops(
     loss: Callable[[Tensor, Tensor, torch.Generator, float], Tensor],
     shape: tuple[int, int, int],
+    settings: TrainingSettings,
+    *modules: nn.Module,
+) -> int:
+    """FLOPs of a whole training: forward, and backward where gradients flow.
+
+    A pass does some things once however many images it has, such as putting a matrix together
+    from what is trained of it. Passes of two sizes tell that from what every image takes.
+    """
+    few, more = 2, 4  # batch normalisation refuses a single image at 1 x 1
+    of_few, of_more = (_pass_flops(loss, shape, count, *modules) for count in (few, more))
+    of_an_image = (of_more - of_few) // (more - few)
+    of_a_pass = of_few - few * of_an_image
+    passes = settings.steps * -(-settings.batch_size // settings.pass_size)
+    return settings.images_seen * of_an_image + passes * of_a_pass
+
+
+def _pass_flops(
+    loss: Callable[[Tensor, Tensor, torch.Generator, float], Tensor],
+    shape: tuple[int, int, int],
     images: int,
     *modules: nn.Module,
 ) -> int:
-    """FLOPs of `images` training images: forward, and backward where gradients flow."""
+    """FLOPs of one forward and backward pass, which leaves no trace."""
     device = next(modules[0].parameters()).device
     noise = torch.Generator(device).manual_seed(0)
-    batch = 2  # batch normalisation refuses a single image at 1 x 1
-    pixels = torch.zeros(batch, *shape, device=device)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    pixels = torch.zeros(images, *shape, device=device)
+    labels = torch.zeros(images, dtype=torch.int64, device=device)
 
     def step() -> None:
         loss(pixels, labels, noise, 1.0).backward()  # type: ignore[no-untyped-call]
 
-    # The step must leave no trace in batch-norm statistics.
+    # Such as in batch-norm statistics.
     kept = [{k: v.clone() for k, v in module.named_buffers()} for module in modules]
     flops = count_flops(step, *modules)
     for module, buffers in zip(modules, kept, strict=True):
         module.zero_grad()
         for name, buffer in module.named_buffers():
             buffer.copy_(buffers[name])
-    return flops * images // batch
+    return flops
 
 
 def parameter_counts(trained: nn.Module, classifier: Classifier) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A few test images as the methods saw them, with each one's answer and certified radius."""
 
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bench.smoothing.rules import ABSTAIN
 
 # Of each sigma, evenly spaced over the certified images: the choice must not flatter anyone.
 IMAGES = 2
+TITLE_WIDTH = 16  # letters over a picture
 ANSWER = ["idx", "class", "clean_predict", "predict", "radius", "correct"]
 
 
@@ -96,6 +98,9 @@ def _examples(
         noise = standard_normal(key_tensor([key], torch.device("cpu")), image.shape[1:])[:1]
         examples.append(Example(sigma, part, {"image": image, "with noise": image + sigma * noise}))
     for (method, level), folder in folders.items():
+        shared = experiment.point(method).denoiser
+        if shared is not None and not shared.trained:
+            continue  # it is that of another method, and drawn there
         seen = [e for e in examples if experiment.training_sigma(method, e.sigma) == level]
         _add_front(seen, method, folder)
     return examples
@@ -132,13 +137,15 @@ def _draw(examples: list[Example], look: Look) -> Figure:
             if name in example.pixels:
                 shown = example.pixels[name][0].clamp(0, 1).permute(1, 2, 0).numpy()
                 axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
-                axis.set_title(name, fontsize=8)
+                axis.set_title(textwrap.fill(name, TITLE_WIDTH), fontsize=8)
         first = example.answers.iloc[0]
         row[0].set_title(f"image {first['idx']}, class {first['class']}", fontsize=8)
         row[1].set_title(f"with noise, σ = {example.sigma:g}", fontsize=8)
         _draw_answers(row[-1], example, look)
         row[-1].set_title("predicted class (hollow: wrong)", fontsize=8)
-    axes[-1, -1].set_xlabel("certified ℓ2 radius", fontsize=8)
+        largest = max(e.answers["radius"].max() for e in examples if e.sigma == example.sigma)
+        row[-1].set_xlim(0, max(2 * example.sigma, 1.25 * largest))
+    axes[-1, -1].set_xlabel("certified ℓ2 radius, in pixels as certified", fontsize=8)
     return figure
 
 
@@ -148,8 +155,9 @@ def _draw_answers(axis: Axes, example: Example, look: Look) -> None:
         face = colour if answer["correct"] else "none"
         axis.barh(place, answer["radius"], facecolor=face, edgecolor=colour)
         said = "abstains" if answer["predict"] == ABSTAIN else f"{answer['predict']}"
+        if not answer["correct"] and answer["predict"] != ABSTAIN:
+            said += ", wrong"  # a bar of radius 0 cannot be seen to be hollow
         axis.text(answer["radius"], place, f" {said}", fontsize=7, va="center")
     axis.set_yticks(range(len(example.answers)), example.answers["label"], fontsize=7)
     fit_bars(axis, len(example.answers))
-    axis.set_xlim(0, max(2 * example.sigma, 1.2 * example.answers["radius"].max()))
     axis.tick_params(axis="x", labelsize=7)

@@ -46,6 +46,9 @@ MARKERS = ["o", "s", "D", "^", "v"]
 MOST_LABELS = 20
 LEGEND_LINE = 0.2  # inches
 FEWEST_BARS = 5
+# What is certified between two radii of a table is what is at the larger one.
+STEPS = "steps-pre"
+LEFT = 0.04  # of an axis of radii, below 0
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
 
@@ -154,20 +157,30 @@ def _curves(
     if len(reported):
         label = f"published ({', '.join(reported['backbone'].dropna().unique())})"
         legend.append(Line2D([], [], color="0.7", linewidth=0.8, label=label))
+    named = {m.published: look.colour[n] for n, m in experiment.methods.items() if m.published}
+    if len(reported) and named:
+        label = "published, beside the method of its colour"
+        legend.append(Line2D([], [], color="0.3", linestyle=":", label=label))
     figure, axes = _panels(experiment, legend)
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
         if len(reported):
-            same = reported[np.isclose(reported["sigma"], sigma)]
-            for _, curve in same.groupby("method"):
-                curve = curve.sort_values("radius")
-                values = curve["certified_accuracy_percent"]
-                axis.plot(curve["radius"], values, color="0.75", linewidth=0.8, zorder=1)
+            _draw_reported(axis, reported[np.isclose(reported["sigma"], sigma)], named)
         part = accuracy[accuracy["sigma"] == sigma]
-        _draw_methods(axis, part, "radius", look)
+        _draw_methods(axis, part, "radius", look, STEPS)
         axis.set(xlabel="ℓ2 radius ([0, 1] pixels)", ylim=(0, 100))
-        axis.set_xlim(0, part["radius"].max())
+        axis.set_xlim(-LEFT * part["radius"].max(), part["radius"].max())
     axes[0].set_ylabel("certified accuracy (%)")
     return figure
+
+
+def _draw_reported(axis: Axes, reported: pd.DataFrame, named: dict[str, Any]) -> None:
+    """Published curves in grey, but in its colour where a method of the experiment has one."""
+    for name, curve in reported.groupby("method"):
+        curve = curve.sort_values("radius")
+        look: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
+        if str(name) in named:
+            look = {"color": named[str(name)], "linewidth": 1.6, "linestyle": ":"}
+        axis.plot(curve["radius"], curve["certified_accuracy_percent"], drawstyle=STEPS, **look)
 
 
 def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Figure:
@@ -181,11 +194,16 @@ def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Fi
     return figure
 
 
-def _draw_methods(axis: Axes, curves: pd.DataFrame, x: str, look: Look) -> None:
+def _draw_methods(
+    axis: Axes, curves: pd.DataFrame, x: str, look: Look, drawstyle: str = "default"
+) -> None:
     """`value` of every method in % against the column `x`; seeds are averaged."""
     for method, colour in look.colour.items():
         own = curves[curves["method"] == method].groupby(x)["value"].mean()
-        axis.plot(own.index, 100 * own, color=colour, linestyle=look.dash(method), lw=1.6)
+        style = {"color": colour, "linestyle": look.dash(method), "drawstyle": drawstyle}
+        if drawstyle == STEPS:  # the first step is as wide as a point
+            style |= {"marker": "_", "markevery": [0], "markersize": 9}
+        axis.plot(own.index, 100 * own, lw=1.6, **style)
 
 
 def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> Figure:
@@ -197,9 +215,10 @@ def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> 
         row = axes[place * count : (place + 1) * count]
         for axis, sigma in zip(row, experiment.sigmas, strict=True):
             part = accuracy[accuracy["sigma"] == sigma]
-            _draw_methods(axis, part, column, look)
+            _draw_methods(axis, part, column, look, STEPS)
             # The same axis in both rows, so that a curve is seen to shrink.
-            axis.set(xlabel=f"ℓ2 {words}", xlim=(0, part["radius"].max()), ylim=(0, 100))
+            limits = (-LEFT * part["radius"].max(), part["radius"].max())
+            axis.set(xlabel=f"ℓ2 {words}", xlim=limits, ylim=(0, 100))
         row[0].set_ylabel("certified accuracy (%)")
     return figure
 
@@ -273,33 +292,31 @@ def draw_attacks(experiment: Experiment, tables: Path, folder: Path) -> None:
     Raises:
         BenchError: a table is missing.
     """
-    accuracy = _read(tables / "certified_accuracy.csv")
     attacks = _read(tables / "attacks.csv")
     with mpl.rc_context(STYLE):
-        save_figure(_attacks(experiment, accuracy, attacks), folder / "attacks")
+        save_figure(_attacks(experiment, attacks), folder / "attacks")
 
 
-def _attacks(experiment: Experiment, accuracy: pd.DataFrame, attacks: pd.DataFrame) -> Figure:
-    """A panel per method: curves of certified and points of attacked accuracy; seeds averaged."""
-    keys = ["method", "sigma"]
-    pairs = attacks[keys].drop_duplicates()
-    sigmas = sorted(pairs["sigma"].unique())
+def _attacks(experiment: Experiment, attacks: pd.DataFrame) -> Figure:
+    """A panel per method: certified and attacked accuracy of the same images; seeds averaged."""
+    sigmas = sorted(attacks["sigma"].unique())
     colours = dict(zip(sigmas, sns.color_palette("viridis", len(sigmas) + 1), strict=False))
-    curves = accuracy.merge(pairs, on=keys).assign(percent=lambda table: 100 * table["value"])
-    columns = min(ATTACK_COLUMNS, pairs["method"].nunique())
+    columns = min(ATTACK_COLUMNS, attacks["method"].nunique())
     grid = sns.relplot(
-        curves, x="radius", y="percent", hue="sigma", col="method", col_wrap=columns,
-        kind="line", errorbar=None, palette=colours, height=2.5, aspect=1.15, legend=False,
+        attacks.assign(percent=100 * attacks["certified"]), x="radius", y="percent", hue="sigma",
+        col="method", col_wrap=columns, kind="line", errorbar=None, palette=colours, height=2.5,
+        aspect=1.15, legend=False, drawstyle="steps-pre",
     )  # fmt: skip
     for method, axis in grid.axes_dict.items():
         axis.set_title(experiment.methods[method].label, fontsize=10)
         for sigma, points in attacks[attacks["method"] == method].groupby("sigma"):
             _draw_bounds(axis, 100 * points.groupby("radius")[BOUNDS].mean(), colours[sigma])
-        axis.set(ylim=(0, 100), xlim=(0, None))
+        axis.set(ylim=(0, 100), xlim=(-LEFT * attacks["radius"].max(), None))
+        axis.set_xticks(sorted(attacks["radius"].unique()))
         axis.grid(alpha=0.25)
-    grid.set_axis_labels("ℓ2 radius", "accuracy (%)")
+    grid.set_axis_labels("ℓ2 radius", f"accuracy (%, n = {attacks['n_images'].max()})")
     handles = [Line2D([], [], color=colours[s], label=f"σ = {s:g}, certified") for s in sigmas]
-    handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="under attack"))
+    handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="not broken"))
     # Else the legend lies on the panels.
     grid.figure.set_layout_engine("constrained")
     grid.figure.legend(handles=handles, loc="outside right center", fontsize=9)
@@ -311,13 +328,12 @@ def _draw_bounds(axis: Axes, bounds: pd.DataFrame, colour: Any) -> None:
     value = bounds["value"]
     error = [value - bounds["low"], bounds["high"] - value]
     axis.errorbar(value.index, value, error, color=colour, marker="o", ls="none", elinewidth=0.8)
-    axis.fill_between(value.index, bounds["certified"], value, color=colour, alpha=0.12, lw=0)
+    axis.vlines(value.index, bounds["certified"], value, color=colour, alpha=0.2, linewidth=6)
 
 
 def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame, radius: float) -> pd.DataFrame:
-    """Certified accuracy at the grid radius nearest `radius`, joined with the costs."""
-    nearest = (accuracy["radius"] - radius).abs()
-    kept = accuracy[nearest == nearest.groupby(accuracy["sigma"]).transform("min")]
+    """Certified accuracy at `radius`, joined with the costs; no row where the curves have ended."""
+    kept = accuracy[np.isclose(accuracy["radius"], radius)]
     columns = ["method", "sigma", "seed"]
     return kept.merge(cost.drop(columns=["label", "family"]), on=columns)
 

@@ -268,7 +268,7 @@ def _fit_classifier(
     inference = inference_flops(classifier.eval(), data.shape)
     set_training_mode(classifier)
     flops = {
-        "training_flops": training_flops(loss, data.shape, settings.images, classifier),
+        "training_flops": training_flops(loss, data.shape, settings, classifier),
         "inference_flops": inference,
     }
     # On CPUs the fused kernel's backward is slower than plain matrix products.

@@ -139,16 +139,24 @@ class Planner:
         return sorted(s for name, s in self.experiment.trained_models() if name == method)
 
     def step(
-        self, module: nn.Module, loss: BatchLoss, shape: tuple[int, ...], settings: TrainingSettings
+        self,
+        module: nn.Module,
+        loss: BatchLoss,
+        shape: tuple[int, ...],
+        settings: TrainingSettings,
+        *judges: nn.Module,
     ) -> tuple[float, float]:
-        """FLOPs of one training image, and bytes that the training of `module` holds."""
-        count = settings.micro_batch_size or settings.batch_size
+        """FLOPs of one training image, and bytes that the training of `module` holds.
+
+        `judges` are other networks that the loss asks.
+        """
+        count = settings.pass_size
 
         def run() -> None:
             pixels, labels = torch.zeros(count, *shape), torch.zeros(count, dtype=torch.int64)
             loss(pixels, labels, Generator(), 1.0).backward()  # type: ignore[no-untyped-call]
 
-        taken = follow(run, self.precision(settings.precision), module)
+        taken = follow(run, self.precision(settings.precision), module, *judges)
         module.zero_grad()
         moments = 1 if isinstance(settings.optimizer, Sgd) else 2
         held = parameter_bytes(module) + moments * parameter_bytes(module, trained=True)
@@ -215,7 +223,7 @@ def _plan_product(planner: Planner, name: str) -> Planned:
             # The adapter is kept beside the merged weights.
             disk += parameter_bytes(trained, trained=True)
         for per_image, held in _steps(planner, name, trained):
-            flops += seeds * settings.images * per_image
+            flops += seeds * settings.images_seen * per_image
             memory = max(memory, held)
     jobs = planner.jobs(name)
     line = Line("train", name, jobs, flops, 0.0, memory, jobs * disk)
@@ -284,8 +292,9 @@ def _pretrain_lines(planner: Planner) -> Iterator[Line]:
         disk, flops, memory = parameter_bytes(classifier), 0.0, 0.0
         if settings.images:
             loss = objective_loss(classifier.train(), CrossEntropy(), 0.0)
-            flops, memory = planner.step(classifier, loss, data.shape, settings)
-        yield Line("pretrain", name, 1, flops * settings.images, tested, max(memory, disk), disk)
+            per_image, memory = planner.step(classifier, loss, data.shape, settings)
+            flops = per_image * settings.images_seen
+        yield Line("pretrain", name, 1, flops, tested, max(memory, disk), disk)
 
 
 class Draws(NamedTuple):

@@ -216,6 +216,7 @@ def pooled(curves: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             dict(zip(keys, key, strict=True))
             | {"value": mean, "low": max(low, 0.0), "high": min(high, 1.0), "seeds": seeds}
+            | {"n_images": part["n_images"].max()}
             | {"within_variance": (values * (1 - values) / part["n_images"]).mean()}
             | {"between_variance": values.var(ddof=1)}
             | {"interval_kind": "images and seeds" if seeds > 1 else "images of one seed"}
@@ -229,6 +230,8 @@ def _summary_row(
     images = len(log)
     row = {**names_of(experiment, protocol), "n_images": images}
     row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
+    row["noise_resolution"] = protocol.get("noise_resolution", "native")
+    row["native_radius_factor"] = protocol.get("native_radius_factor", 1.0)
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
     acr_low, acr_high = average_radius_interval(log)

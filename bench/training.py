@@ -210,8 +210,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Add the gradients of a batch's mean loss, a micro-batch at a time; return that loss.
 
-    The gradients are those of the whole batch, batch normalisation aside, whose statistics are
-    those of a micro-batch.
+    The gradients are those of the whole batch, but batch normalisation sees a micro-batch, and an
+    objective that draws several noises per image draws others, of the same distribution.
     """
     precision = pick_precision(settings.precision, images.device)
     size = settings.micro_batch_size or len(images)
@@ -257,7 +257,7 @@ def fit(
         if state is not None:
             state.save_when_due(run.state_dict)
     return TrainingRecord(
-        images=settings.steps * settings.batch_size,
+        images=settings.images_seen,
         seconds=run.seconds,
         peak_memory_bytes=max(run.peak_memory_bytes, peak_memory(device)),
         loss_curve=run.curve,

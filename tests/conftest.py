@@ -9,18 +9,21 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from hypothesis import settings as hypothesis_settings
 
 from bench.config import DataSettings, Experiment, load_experiment
 from bench.data import data_folder, fetch
 from bench.errors import BenchError
 
 ROOT = Path(__file__).parents[1]
+# Every run tries the same examples: one that fails, fails again.
+hypothesis_settings.register_profile("repeatable", derandomize=True)
+hypothesis_settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread per test process: the workers share the cores."""
-    if hasattr(config, "workerinput"):
-        torch.set_num_threads(1)
+    """One thread per test process: the workers share the cores, and forks outlive no thread."""
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

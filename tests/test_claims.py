@@ -176,6 +176,7 @@ def test_the_best_of_several_meets_the_best_of_several_rivals(tables):
     ends = paired_difference_interval(*counts.T, IMAGES, 1 - 0.05 / 4)
     low, high = (np.max([min(end[:2]), min(end[2:])]) for end in ends)
     assert row["effect"] == pytest.approx(0.15)
+    assert row["decided_by"] == "m1 against r1"
     assert (row["low"], row["high"]) == pytest.approx((low, high))
     assert row["comparisons"] == 4
 
@@ -237,6 +238,7 @@ def test_a_method_may_cost_nothing(tables, costs, effect, verdict):
     cost.to_csv(tables / "cost.csv", index=False)
     row = judge(tables, CHEAPER)
     assert (row["verdict"], row["effect"]) == (verdict, effect)
+    assert row["decided_by"] in ("lora against cnn", None)
 
 
 @pytest.mark.parametrize(("ratio", "verdict"), [(10, "supported"), (9.9, "contradicted")])

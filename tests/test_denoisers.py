@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,14 @@ from baselines.command import BaselineJob
 from baselines.denoised_smoothing.dncnn import DnCNN
 from baselines.denoised_smoothing.memnet import MemNet
 from baselines.denoised_smoothing.settings import DenoiserSettings
-from baselines.denoised_smoothing.train import build_denoiser, fit_denoiser, in_turn, train_denoiser
+from baselines.denoised_smoothing.train import (
+    build_denoiser,
+    fit_denoiser,
+    in_turn,
+    mse,
+    stability,
+    train_denoiser,
+)
 from baselines.diffusion_denoising.assemble import assemble
 from baselines.diffusion_denoising.denoiser import (
     DiffusionDenoiser,
@@ -26,7 +34,13 @@ from baselines.diffusion_denoising.denoiser import (
 )
 from baselines.diffusion_denoising.plan import Passes
 from baselines.diffusion_denoising.settings import DiffusionSettings
-from baselines.diffusion_denoising.train import WEIGHTS, train_unet
+from baselines.diffusion_denoising.train import (
+    EMA_DECAY,
+    WEIGHTS,
+    WeightAverage,
+    noise_prediction,
+    train_unet,
+)
 from bench.backbones import Classifier, majority
 from bench.config import parse_experiment
 from bench.cost import count_flops
@@ -53,6 +67,71 @@ UNET = unet_config(channels=1, size=8, stage_channels=[8, 8], layers_per_block=1
 )
 def test_published_sizes(denoiser, published):
     assert sum(p.numel() for p in denoiser.parameters()) == published
+
+
+class Zero(nn.Module):
+    """In a UNet's place; keeps what it is asked."""
+
+    def forward(self, noisy, t):
+        self.asked = noisy, t
+        return SimpleNamespace(sample=torch.zeros_like(noisy))
+
+
+class Half(nn.Module):
+    """Class 1 where the mean pixel exceeds one half."""
+
+    def classify(self, pixels):
+        score = pixels.mean((1, 2, 3)) - 0.5
+        return torch.stack([-score, score], dim=1)
+
+
+def batch_and_noise():
+    """Images, labels that mean nothing, and a way to get the same generator again."""
+    images = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return images, torch.zeros(16).long(), lambda: torch.Generator().manual_seed(2)
+
+
+def test_the_mse_of_doing_nothing_is_that_of_the_noise():
+    images, labels, noise = batch_and_noise()
+    drawn = torch.randn(images.shape, generator=noise())
+    loss = mse(nn.Identity(), SIGMA)(images, labels, noise(), 1.0)
+    torch.testing.assert_close(loss, SIGMA**2 * drawn.square().mean())
+
+
+def test_stability_asks_for_the_judges_answer_on_the_clean_image():
+    images, labels, noise = batch_and_noise()
+    noisy = images + SIGMA * torch.randn(images.shape, generator=noise())
+    wanted = (images.mean((1, 2, 3)) > 0.5).long()
+    assert 0 < wanted.sum() < len(wanted)
+    logs = Half().classify(noisy).log_softmax(1)
+    loss = stability(nn.Identity(), Half(), SIGMA)(images, labels, noise(), 1.0)
+    torch.testing.assert_close(loss, -logs[range(len(wanted)), wanted].mean())
+
+
+def test_the_diffusion_model_learns_the_noise_of_pixels_from_minus_one_to_one():
+    images, labels, noise = batch_and_noise()
+    unet, settings = Zero(), DiffusionSettings(channels="8", timesteps_low=10, timesteps_high=400)
+    loss = noise_prediction(unet, settings)(images, labels, noise(), 1.0)
+    drawn = torch.randn(images.shape, generator=noise())
+    torch.testing.assert_close(loss, drawn.square().mean())
+    noisy, t = unet.asked
+    assert ((t >= 10) & (t < 400)).all()
+    abar = ABAR[t].float().view(-1, 1, 1, 1)
+    expected = abar.sqrt() * (2 * images - 1) + (1 - abar).sqrt() * drawn
+    torch.testing.assert_close(noisy, expected)
+
+
+def test_the_average_of_weights_follows_its_recursion():
+    weight = nn.Linear(1, 1, bias=False)
+    average, expected = WeightAverage(weight), 0.0
+    nn.init.zeros_(weight.weight)
+    average.average.shadow_params = [torch.zeros(1, 1)]
+    for step, value in enumerate([1.0, 2.0, 3.0]):
+        nn.init.constant_(weight.weight, value)
+        average()
+        decay = min(EMA_DECAY, 1 - (1 + step) ** -0.75) if step else 0.0
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(average.average.shadow_params[0].item(), expected)
 
 
 def last_convolution(denoiser):

@@ -149,7 +149,7 @@ def test_bars_tell_right_from_wrong_from_abstention(
     assert (lora.get_width(), other.get_width()) == (0.75, 0.25)
     assert lora.get_facecolor()[3] == 1
     assert other.get_facecolor()[3] == 0
-    assert [text.get_text().strip() for text in bars[0].texts] == ["0", "7"]
+    assert [text.get_text().strip() for text in bars[0].texts] == ["0", "7, wrong"]
     assert [text.get_text().strip() for text in bars[1].texts] == ["abstains", "abstains"]
 
 

@@ -182,6 +182,50 @@ def test_certification_killed_at_every_use_of_a_file(tmp_path, whole):
     assert moment > 7
 
 
+@pytest.mark.parametrize("part", ["weights", "data", "noise", "code", "versions"])
+def test_votes_of_something_else_are_not_continued(part, tmp_path, monkeypatch):
+    """Votes that certify nothing lie there; a run that took them up would certify nothing."""
+    output = tmp_path / "log.tsv"
+    run_task(task(Stripes(wrong=float("nan"))), output)
+    assert not (certified(output)["predict"] >= 0).any()
+    changed = task()
+    if part in ("weights", "data"):
+        changed = replace(changed, **{f"{part}_sha256": "another"})
+    elif part == "noise":
+        changed = replace(
+            changed, protocol=replace(changed.protocol, seed=changed.protocol.seed + 1)
+        )
+    elif part == "code":
+        monkeypatch.setattr("bench.certification._code_hash", lambda classifier: "another")
+    else:
+        monkeypatch.setattr("bench.provenance.versions", lambda: {"torch": "another"})
+    run_task(changed, output)
+    run_task(changed, tmp_path / "fresh.tsv")
+    found, fresh = (
+        read_own_log(tmp_path / name)[1].drop(columns="time") for name in ("log.tsv", "fresh.tsv")
+    )
+    assert (fresh["predict"] >= 0).any()
+    pd.testing.assert_frame_equal(found, fresh)
+    assert len(list(tmp_path.glob("log.votes.jsonl.*"))) == 1
+
+
+def test_a_compiled_network_is_compiled_for_its_batches_and_has_votes_of_its_own(
+    tmp_path, monkeypatch
+):
+    shapes, output = [], tmp_path / "log.tsv"
+    monkeypatch.setattr(
+        "bench.certification.compile_for_inference",
+        lambda classifier, batch: shapes.append(tuple(batch.shape)),
+    )
+    run_task(task(Stripes(wrong=float("nan"))), output)
+    assert shapes == []
+    run_task(task(Stripes(fits=128), compile=True), output)
+    protocol, log = read_own_log(output)
+    assert shapes == [(256, 1, 1, 2), (128, 1, 1, 2)]
+    assert (protocol["compile"], protocol["batch_size"]) == ("inductor", 128)
+    assert (log["predict"] >= 0).any()
+
+
 @pytest.mark.fault(
     fault="kill in the middle of a write",
     stage="certify",
@@ -416,6 +460,9 @@ def test_gathering_killed_at_every_use_of_a_file(tmp_path, whole):
         names = {**task().names, "all_images_sha256": sha256_json(list(range(6)))}
         run_task(replace(task(), wanted=wanted, names=names), shards[-1])
     output, moment = tmp_path / "gathered/log.tsv", 1
+    with pytest.raises(BenchError, match="lack images of the run"):
+        gather(shards[:1], output)
+    assert not output.exists()
     while killed_at(moment, output.parent, lambda: gather(shards, output)):
         equal_or_refused(lambda: read_own_log(output)[1], whole)
         moment += 1

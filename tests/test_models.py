@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention
 
 from baselines.denoised_smoothing.dncnn import DnCNN
 from bench.backbones import create_classifier
-from bench.config import BackboneSettings
+from bench.config import BackboneSettings, TrainingSettings
 from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
 from bench.files import read_json, write_json
@@ -34,6 +34,7 @@ BACKBONE = BackboneSettings(
         "mlp_ratio": 2,
     },
 )
+BUDGET = TrainingSettings(images=100, batch_size=10)
 IDENTITY = Identity(experiment="e", method="m", sigma=0.5, seed=0, fingerprint="f")
 
 
@@ -142,9 +143,34 @@ def test_counting_training_flops_leaves_no_trace_in_batch_statistics():
     def loss(images, labels, noise, progress):
         return denoiser(images).square().mean()
 
-    assert training_flops(loss, (1, 8, 8), 100, denoiser) > 0
+    assert training_flops(loss, (1, 8, 8), BUDGET, denoiser) > 0
     assert all(torch.equal(before[name], value) for name, value in denoiser.state_dict().items())
     assert all(parameter.grad is None for parameter in denoiser.parameters())
+
+
+class Product(torch.nn.Module):
+    """A linear map whose matrix is put together in every pass, from two that are trained."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.left, self.right = (torch.nn.Parameter(torch.ones(width, width)) for _ in range(2))
+
+    def forward(self, rows):
+        return rows @ (self.left @ self.right)
+
+
+@pytest.mark.parametrize(("micro", "passes"), [(None, 10), (4, 30)])
+def test_what_a_pass_does_once_is_counted_once_a_pass(micro, passes):
+    width, product = 8, Product(8)
+    budget = BUDGET.model_copy(update={"micro_batch_size": micro})
+
+    def loss(images, labels, noise, progress):
+        return product(images.flatten(1)).square().mean()
+
+    # The matrix forward and to either factor; every image forward and to the matrix.
+    once, each = 3 * 2 * width**3, 2 * 2 * width**2
+    counted = training_flops(loss, (1, 2, 4), budget, product)
+    assert counted == passes * once + 100 * each
 
 
 def test_lenet_is_the_published_one():

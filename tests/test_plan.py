@@ -79,12 +79,12 @@ def test_vit_b16_costs_what_its_formula_says(vit_b16):
     assert validated == flops * experiment.data.validation_images
     # Backward costs twice the forward pass, but pixels need no gradient.
     patches = 2 * 196 * 3 * 16 * 16 * 768
-    images = experiment.training.images
+    images = experiment.training.images_seen
     trained = table.loc["train"]["training_flops"]
     assert trained["full_finetuning"] == (3 * flops - patches) * images
     assert trained["undefended"] == 0
     base = table.loc[("pretrain", "base")]
-    assert base["training_flops"] == (3 * flops - patches) * experiment.pretrain.images
+    assert base["training_flops"] == (3 * flops - patches) * experiment.pretrain.images_seen
     # Embeddings and last norm, blocks, head, in float32; with 12 blocks 85,798,656 and the head.
     assert 744_192 + 12 * 7_087_872 == 85_798_656
     assert base["disk_bytes"] == 4 * (744_192 + 3 * 7_087_872 + 7_690)
@@ -113,7 +113,7 @@ def test_what_is_planned_is_what_jobs_count_on_real_weights(smoke, name):
         batch = Batch(images, labels, 0.5, noise, progress)
         return OBJECTIVES["cross_entropy"](classifier, batch, noises=1)
 
-    counted = training_flops(loss, data.shape, smoke.training.images, classifier)
+    counted = training_flops(loss, data.shape, smoke.training, classifier)
     assert table.loc[("train", name), "training_flops"] == counted
     network = classifier.network
     if hasattr(network, "merge_and_unload"):
@@ -123,18 +123,14 @@ def test_what_is_planned_is_what_jobs_count_on_real_weights(smoke, name):
     assert table.loc[("train", name), "evaluation_flops"] == validated
 
 
-@pytest.fixture(scope="module")
-def seen() -> set[str]:
-    """What methods are made of, as far as an experiment before had the like."""
-    return set()
-
-
 def unseen(experiment: Experiment, seen: set[str]) -> Experiment:
-    """The experiment without methods of a make that was planned before, up to their sizes."""
+    """The experiment without methods of a make that is in `seen`, up to their sizes."""
     kept: list[str] = []
+    route = f"{experiment.pretrain.data is None} {experiment.backbone.timm == 'lenet'} "
     for name, point in experiment.methods.items():
         make = f"{point.baseline} {point.parameterization.kind} {point.objective.kind} "
-        make += f"{point.noise_resolution} {point.denoiser} {sorted(point.settings)}"
+        make += f"{point.noise_resolution} {point.denoiser} {sorted(point.settings)} "
+        make += route + f"{point.start} {point.train_sigma}"
         if make not in seen or point.surrogates:
             seen.add(make)
             kept.append(name)
@@ -146,9 +142,16 @@ def unseen(experiment: Experiment, seen: set[str]) -> Experiment:
     return experiment.model_copy(update={"methods": methods})
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_experiment_has_a_bill(name, seen):
-    experiment = unseen(shallow(load_experiment(ROOT / f"config/{name}.yaml")), seen)
+def shipped_makes() -> list[Experiment]:
+    """Shipped experiments, each with the methods whose like no other before it has."""
+    seen: set[str] = set()
+    every = (shallow(load_experiment(ROOT / f"config/{name}.yaml")) for name in SHIPPED)
+    chosen = [unseen(experiment, seen) for experiment in every]
+    return [experiment for experiment in chosen if experiment.methods]
+
+
+@pytest.mark.parametrize("experiment", shipped_makes(), ids=lambda experiment: experiment.name)
+def test_every_make_of_the_shipped_experiments_has_a_bill(experiment):
     table, draws = plan(experiment, RATE)
     certified = table[table["stage"] == "certify"].set_index("method")
     assert set(certified.index) == set(experiment.methods)
@@ -176,6 +179,21 @@ def test_a_denoiser_of_another_method_counts_in_front():
 def protocol(**changes) -> Protocol:
     values = {"sigma": 0.5, "mode": "decide", "radii": (0.0, 0.5), "n": 1000, "horizon": 1000}
     return Protocol(**{**values, **changes})
+
+
+def test_a_surrogate_that_is_the_base_again_costs_what_the_base_does(smoke_values):
+    stability = {
+        "label": "stability", "family": "denoiser", "baseline": "denoised_smoothing",
+        "settings": {"depth": 3, "width": 8, "objective": "stability"}, "learning_rate": 1.0e-3,
+    }  # fmt: skip
+    methods = {"own": stability, "twin": {**stability, "label": "t", "surrogates": ["again"]}}
+    backbone = smoke_values["backbone"]
+    # Drop-out takes nothing; the very backbone that is certified would be refused.
+    again = {**backbone, "arguments": {**backbone["arguments"], "drop_rate": 0.1}}
+    values = {**smoke_values, "methods": methods, "surrogates": {"again": again}}
+    table = plan(parse_experiment(values, "x"), RATE)[0].set_index(["stage", "method"])
+    own, twin = (table.loc[("train", name), "training_flops"] for name in methods)
+    assert own == twin > 0
 
 
 def test_draws_are_exact_where_chance_has_no_part():

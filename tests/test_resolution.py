@@ -144,7 +144,8 @@ def test_the_native_radius_is_attained_in_the_direction_that_is_stretched_most()
 
 def test_a_certificate_never_exceeds_the_exact_native_radius():
     weight, _ = top_direction()
-    images = torch.randint(0, 256, (24, 1, NATIVE, NATIVE), dtype=torch.uint8)
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (24, 1, NATIVE, NATIVE), generator=chance, dtype=torch.uint8)
     test = Resized(ArraySplit(images, torch.ones(24, dtype=torch.int64)), SIZE)
     pixels = test.batch(torch.arange(24))
     scores = (pixels.double()[:, 0] * weight).sum((1, 2))
@@ -156,8 +157,9 @@ def test_a_certificate_never_exceeds_the_exact_native_radius():
     exact = (scores + bias).abs() / native_gradient(weight).norm()
     sure = [row for row in rows if row.predict != -1]
     assert len(sure) > 12
-    for row in sure:
-        assert row.radius / test.operator_norm <= exact[row.idx]
+    above = [row.idx for row in sure if row.radius / test.operator_norm > exact[row.idx]]
+    # Each errs with probability 0.001.
+    assert len(above) <= 1
 
 
 @pytest.fixture
@@ -282,6 +284,19 @@ def test_a_shard_that_there_is_not_is_refused(world, shard):
     model = trained(world, "undefended")
     with pytest.raises(BenchError, match=rf"--shard {shard}: .* out to 1 shards"):
         certify_method(experiment, "undefended", SIGMA, 0, model, folder / "log.tsv", shard)
+
+
+def test_shards_share_alpha_over_all_images(world):
+    experiment, _, folder = world
+    update = {"family": "dataset", "shards": 2, "n": 128, "horizon": 128}
+    settings = experiment.certification.model_copy(update=update)
+    sharing = experiment.model_copy(update={"certification": settings})
+    model, log = trained(world, "undefended"), folder / "shared.tsv"
+    certify_method(sharing, "undefended", SIGMA, 0, model, log, 2)
+    sidecar = read_json(log.with_suffix(".json"))
+    assert sidecar["n_images"] < settings.test_images
+    assert sidecar["family_size"] == settings.test_images
+    assert sidecar["alpha_per_image"] == settings.alpha / settings.test_images
 
 
 def test_a_baseline_that_ignored_it_is_found_out(world):

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from scipy.stats import binom, norm
 from torch import nn
 
 from bench.augmentation import crop_and_flip
 from bench.config import Sgd, Step, TrainingSettings
 from bench.data import ArraySplit
-from bench.training import accumulate_gradients, fit
+from bench.training import accumulate_gradients, accuracy, fit
 
 IMAGES = ArraySplit(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 SGD = {"images": 8, "batch_size": 2, "weight_decay": 0.0, "clip_norm": None}
@@ -90,7 +91,10 @@ class Scores(nn.Module):
 
 def gradients(micro: int | None, count: int = 7) -> tuple[torch.Tensor, float]:
     """Gradient of the weights and loss on one batch of `count` images."""
-    module, settings = Scores(), TrainingSettings(images=count, micro_batch_size=micro)
+    module, settings = (
+        Scores(),
+        TrainingSettings(images=count, micro_batch_size=micro, precision="float32"),
+    )
     images = torch.linspace(-1, 1, count).reshape(count, 1, 1, 1)
     labels = torch.arange(count) % 2
 
@@ -124,6 +128,29 @@ def test_micro_batches_draw_the_noise_of_the_batch():
         noise = torch.Generator().manual_seed(3)
         accumulate_gradients(loss, images, labels, noise, 1.0, settings)
     assert torch.equal(torch.cat(drawn[1:]), drawn[0])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_validation_is_under_noise_of_sigma(margin):
+    """A half-space at distance `margin` is right with probability Phi(margin / sigma)."""
+
+    class HalfSpace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.threshold = nn.Parameter(torch.tensor(0.5 - margin))
+
+        def forward(self, pixels):
+            score = pixels[:, 0, 0, 0] - self.threshold
+            return torch.stack([-score, score], dim=1)
+
+    count, sigma = 4000, 0.5
+    grey = torch.full((count, 1, 1, 1), 255, dtype=torch.uint8)
+    split = ArraySplit((grey * 0.5).round().to(torch.uint8), torch.ones(count).long())
+    hits = count * accuracy(HalfSpace(), split, sigma, seed=0)
+    exact = norm.cdf((128 / 255 - 0.5 + margin) / sigma)
+    low, high = binom.interval(1 - 1e-4, count, exact)
+    assert low <= hits <= high
+    assert accuracy(HalfSpace(), split) == 1.0
 
 
 def test_training_in_micro_batches_goes_the_same_way():

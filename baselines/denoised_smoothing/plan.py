@@ -27,9 +27,9 @@ def plan(planner: Planner, name: str) -> Planned:
     losses = [mse(denoiser, 1.0)]
     if settings.objective == "stability":
         losses = [stability(denoiser, judge, 1.0) for judge in judges]
-    steps = [planner.step(classifier, loss, shape, budget) for loss in losses]
+    steps = [planner.step(classifier, loss, shape, budget, *judges) for loss in losses]
     jobs, disk = planner.jobs(name), parameter_bytes(classifier)
-    flops = jobs * budget.images * sum(flops for flops, _ in steps) / len(steps)
+    flops = jobs * budget.images_seen * sum(flops for flops, _ in steps) / len(steps)
     memory = max(memory for _, memory in steps)
     line = Line("train", name, jobs, flops, 0.0, memory, jobs * disk)
     return Planned([line], classifier, planner.validated(name))

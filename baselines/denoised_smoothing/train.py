@@ -80,7 +80,7 @@ def fit_denoiser(
     inference = inference_flops(classifier.eval(), job.data.shape)
     denoiser.train()
     shape, budget = job.data.shape, job.training
-    shares = [training_flops(loss, shape, budget.images, denoiser, *judges) for loss in losses]
+    shares = [training_flops(loss, shape, budget, denoiser, *judges) for loss in losses]
     for judge in judges:
         set_fused_attention(judge, job.device.type != "cpu")
     loss = in_turn(losses, budget.steps)

@@ -65,7 +65,7 @@ def plan(planner: Planner, name: str) -> Planned:
     made = Line("train", f"{name} (unet)", seeds, disk_bytes=seeds * parameter_bytes(unet))
     if settings.channels is not None:
         flops, memory = planner.step(unet, noise_prediction(unet, settings), shape, budget)
-        made = made._replace(training_flops=seeds * budget.images * flops, memory_bytes=memory)
+        made = made._replace(training_flops=seeds * budget.images_seen * flops, memory_bytes=memory)
     classifier = planner.frozen()
     passes = Passes(unet.requires_grad_(False), settings.steps, settings.votes)
     classifier.denoiser = passes.eval()

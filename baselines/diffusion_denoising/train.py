@@ -94,7 +94,7 @@ def fit_unet(
     unet.to(job.device)
     average = WeightAverage(unet)
     loss = noise_prediction(unet, settings)
-    flops = training_flops(loss, job.data.shape, job.training.images, unet)
+    flops = training_flops(loss, job.data.shape, job.training, unet)
     record = fit(
         unet,
         loss,

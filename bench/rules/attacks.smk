@@ -57,7 +57,6 @@ rule attack_tables:
 
 rule attacks:
     input:
-        accuracy=rules.tables.output.certified_accuracy,
         attacks=rules.attack_tables.output.attacks,
         code=code_of("bench/figures.py"),
     output:
@@ -72,7 +71,7 @@ rule attacks:
         f"{RESULTS}/benchmarks/attacks.tsv"
     params:
         experiment=EXPERIMENT_FILE,
-        tables=subpath(input.accuracy, parent=True),
+        tables=subpath(input.attacks, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
         "python -m bench attack-figure --experiment {params.experiment:q} --tables {params.tables}"

@@ -1,4 +1,4 @@
-FIRST = [point for point in POINTS if point["seed"] == EXPERIMENT.seeds[0]]
+FIRST = [point for point in POINTS if point["seed"] == min(EXPERIMENT.seeds)]
 
 
 rule figures:
