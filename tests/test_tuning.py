@@ -2,13 +2,20 @@
 
 import copy
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from bench.config import parse_experiment
 from bench.errors import BenchError
 from bench.tables import build_tuning
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -134,3 +141,32 @@ def test_a_grid_that_fits_nothing_is_named(smoke_values, method, grid, named):
     values["methods"][method]["grid"] = grid
     with pytest.raises(BenchError, match=named):
         parse_experiment(values, "mine.yaml")
+
+
+@pytest.mark.workflow
+def test_seeds_shards_and_trials_are_planned_each_once(smoke_values, tmp_path):
+    values = copy.deepcopy(smoke_values)
+    names = ("undefended", "lora", "diffusion_denoising")
+    values["methods"] = {name: values["methods"][name] for name in names}
+    values["methods"]["lora"]["grid"] = {"r": [4, 8]}
+    values["tuning"] = {"sigma": 0.5, "learning_rates": [1.0e-5, 1.0e-2]}
+    values["certification"]["shards"] = 2
+    values["seeds"] = [1, 0]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--quiet", "rules"]
+    command += ["--directory", str(tmp_path), "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--configfile", str(tmp_path / "mine.yaml"), "--", "all", "tune"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    planned = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.M))
+    trainings = {
+        "pretrain": 1,
+        "train": 2 + 2 + 2 * 2,  # two methods of two seeds, and trials of LoRA: sizes by rates
+        "train_diffusion": 2 + 2,  # of two seeds, and a trial for each rate
+        "assemble_diffusion": 2 + 2,
+    }
+    certifications = {"certify_shard": 3 * 2 * 2, "gather_certificates": 3 * 2}
+    once = dict.fromkeys(("fetch", "tune", "examples", "tables", "figures", "overview", "all"), 1)
+    expected = {**trainings, **certifications, **once}
+    found = {name: int(count) for name, count in planned.items()}
+    assert found == {**expected, "total": sum(expected.values())}
