@@ -143,7 +143,7 @@ def test_attacks_need_their_section(done):
 
 
 def test_command_line_overrides_are_refused(done):
-    said = snakemake(done, *SMOKE, "--config", "radius_step=0.1", ok=False)
+    said = snakemake(done, *SMOKE, "--config", "radius_step=0.0625", ok=False)
     assert "config/smoke.yaml is the whole experiment" in said
 
 
