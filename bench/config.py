@@ -145,7 +145,7 @@ class TrainingSettings(Settings):
 
     @property
     def images_seen(self) -> int:
-        """Training images of all steps: `images` but for what makes no whole batch."""
+        """Training images of all steps, which take whole batches and at least one."""
         return self.steps * self.batch_size
 
     def defining(self) -> dict[str, Any]:
@@ -545,13 +545,19 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _figures_have_a_radius(self) -> "Experiment":
-        steps = self.figures.radius / self.radius_step
-        if abs(steps - round(steps)) > 1e-6:
-            raise ValueError(
-                f"figures.radius = {self.figures.radius} is no multiple of radius_step = "
-                f"{self.radius_step}: change either"
-            )
+        if "radius" in self.figures.model_fields_set:
+            apart = abs(self.figures.radius - self.figures_radius)
+            if apart > 1e-6 * self.radius_step:
+                raise ValueError(
+                    f"figures.radius = {self.figures.radius} is no multiple of radius_step = "
+                    f"{self.radius_step}: set it to {self.figures_radius:g}"
+                )
         return self
+
+    @property
+    def figures_radius(self) -> float:
+        """`figures.radius`, or the radius of the curves that is nearest its default."""
+        return round(round(self.figures.radius / self.radius_step) * self.radius_step, 10)
 
     @cached_property
     def base_fingerprint(self) -> str:

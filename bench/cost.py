@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.backbones import Classifier, head_of, plain_attention
 from bench.config import TrainingSettings
+from bench.errors import BenchError
 
 
 def count_flops(run: Callable[[], object], *modules: nn.Module) -> int:
@@ -35,11 +36,16 @@ def training_flops(
 
     A pass does some things once however many images it has, such as putting a matrix together
     from what is trained of it. Passes of two sizes tell that from what every image takes.
+
+    Raises:
+        BenchError: what an image takes depends on how many there are.
     """
-    few, more = 2, 4  # batch normalisation refuses a single image at 1 x 1
+    few, more = 2, 3  # batch normalisation refuses a single image at 1 x 1
     of_few, of_more = (_pass_flops(loss, shape, count, *modules) for count in (few, more))
     of_an_image = (of_more - of_few) // (more - few)
     of_a_pass = of_few - few * of_an_image
+    if of_a_pass < 0:
+        raise BenchError("the FLOPs of the objective grow faster than its images: count them apart")
     passes = settings.steps * -(-settings.batch_size // settings.pass_size)
     return settings.images_seen * of_an_image + passes * of_a_pass
 
@@ -59,9 +65,10 @@ def _pass_flops(
     def step() -> None:
         loss(pixels, labels, noise, 1.0).backward()  # type: ignore[no-untyped-call]
 
-    # Such as in batch-norm statistics.
+    # Such as in batch-norm statistics, or in the generators that drop-out draws from.
     kept = [{k: v.clone() for k, v in module.named_buffers()} for module in modules]
-    flops = count_flops(step, *modules)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        flops = count_flops(step, *modules)
     for module, buffers in zip(modules, kept, strict=True):
         module.zero_grad()
         for name, buffer in module.named_buffers():

@@ -98,12 +98,25 @@ def _examples(
         noise = standard_normal(key_tensor([key], torch.device("cpu")), image.shape[1:])[:1]
         examples.append(Example(sigma, part, {"image": image, "with noise": image + sigma * noise}))
     for (method, level), folder in folders.items():
-        shared = experiment.point(method).denoiser
-        if shared is not None and not shared.trained:
-            continue  # it is that of another method, and drawn there
-        seen = [e for e in examples if experiment.training_sigma(method, e.sigma) == level]
+        seen = [
+            example
+            for example in examples
+            if experiment.training_sigma(method, example.sigma) == level
+            and not _drawn_for_its_owner(experiment, method, level, example)
+        ]
         _add_front(seen, method, folder)
     return examples
+
+
+def _drawn_for_its_owner(
+    experiment: Experiment, method: str, level: float, example: Example
+) -> bool:
+    """Whether the front of `method` is that of another method with an answer on this example."""
+    shared = experiment.point(method).denoiser
+    if shared is None or shared.trained:
+        return False
+    owns = experiment.training_sigma(shared.of, example.sigma) == level
+    return owns and shared.of in set(example.answers["method"])
 
 
 def _add_front(examples: list[Example], method: str, folder: Path) -> None:

@@ -48,6 +48,7 @@ LEGEND_LINE = 0.2  # inches
 FEWEST_BARS = 5
 # What is certified between two radii of a table is what is at the larger one.
 STEPS = "steps-pre"
+DOTS: Any = (0, (1, 1.5))
 LEFT = 0.04  # of an axis of radii, below 0
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
@@ -109,7 +110,7 @@ def draw_figures(
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
-        points = _at_radius(accuracy, cost, experiment.figures.radius)
+        points = _at_radius(accuracy, cost, experiment.figures_radius)
         parameters = "trained parameters, head included"
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
         save_figure(figure, folder / "accuracy_vs_parameters")
@@ -157,14 +158,15 @@ def _curves(
     if len(reported):
         label = f"published ({', '.join(reported['backbone'].dropna().unique())})"
         legend.append(Line2D([], [], color="0.7", linewidth=0.8, label=label))
-    named = {m.published: look.colour[n] for n, m in experiment.methods.items() if m.published}
-    if len(reported) and named:
+    known = set(reported["method"]) if len(reported) else set()
+    named = {n: m.published for n, m in experiment.methods.items() if m.published in known}
+    if named:
         label = "published, beside the method of its colour"
-        legend.append(Line2D([], [], color="0.3", linestyle=":", label=label))
+        legend.append(Line2D([], [], color="0.3", linestyle=DOTS, label=label))
     figure, axes = _panels(experiment, legend)
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
         if len(reported):
-            _draw_reported(axis, reported[np.isclose(reported["sigma"], sigma)], named)
+            _draw_reported(axis, reported[np.isclose(reported["sigma"], sigma)], named, look)
         part = accuracy[accuracy["sigma"] == sigma]
         _draw_methods(axis, part, "radius", look, STEPS)
         axis.set(xlabel="ℓ2 radius ([0, 1] pixels)", ylim=(0, 100))
@@ -173,14 +175,18 @@ def _curves(
     return figure
 
 
-def _draw_reported(axis: Axes, reported: pd.DataFrame, named: dict[str, Any]) -> None:
-    """Published curves in grey, but in its colour where a method of the experiment has one."""
-    for name, curve in reported.groupby("method"):
-        curve = curve.sort_values("radius")
-        look: dict[str, Any] = {"color": "0.75", "linewidth": 0.8, "zorder": 1}
-        if str(name) in named:
-            look = {"color": named[str(name)], "linewidth": 1.6, "linestyle": ":"}
-        axis.plot(curve["radius"], curve["certified_accuracy_percent"], drawstyle=STEPS, **look)
+def _draw_reported(
+    axis: Axes, reported: pd.DataFrame, named: dict[str, str | None], look: Look
+) -> None:
+    """Published curves in grey, and again in the colour of each method that has one."""
+    curves = {str(name): c.sort_values("radius") for name, c in reported.groupby("method")}
+    for curve in curves.values():
+        values = curve["certified_accuracy_percent"]
+        axis.plot(curve["radius"], values, color="0.75", linewidth=0.8, zorder=1)
+    for method, published in named.items():
+        if (own := curves.get(str(published))) is not None:
+            style = {"color": look.colour[method], "linestyle": DOTS, "linewidth": 1.4}
+            axis.plot(own["radius"], own["certified_accuracy_percent"], **style)
 
 
 def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Figure:
@@ -305,7 +311,7 @@ def _attacks(experiment: Experiment, attacks: pd.DataFrame) -> Figure:
     grid = sns.relplot(
         attacks.assign(percent=100 * attacks["certified"]), x="radius", y="percent", hue="sigma",
         col="method", col_wrap=columns, kind="line", errorbar=None, palette=colours, height=2.5,
-        aspect=1.15, legend=False, drawstyle="steps-pre",
+        aspect=1.15, legend=False, drawstyle=STEPS, marker="_", markers=False,
     )  # fmt: skip
     for method, axis in grid.axes_dict.items():
         axis.set_title(experiment.methods[method].label, fontsize=10)
@@ -366,7 +372,7 @@ def _scatter(
         if (points[column] == 0).any():  # a logarithm has no place for it
             axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
             axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
-    axes[0].set_ylabel(f"certified accuracy at r = {experiment.figures.radius:g} (%)")
+    axes[0].set_ylabel(f"certified accuracy at r = {experiment.figures_radius:g} (%)")
     return figure
 
 

@@ -173,6 +173,29 @@ def test_what_a_pass_does_once_is_counted_once_a_pass(micro, passes):
     assert counted == passes * once + 100 * each
 
 
+def test_counting_training_flops_draws_nothing_from_the_generator():
+    classifier = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+
+    def loss(images, labels, noise, progress):
+        return classifier(images).mean()
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    training_flops(loss, (1, 2, 4), BUDGET, classifier)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_objective_that_pairs_images_cannot_be_counted():
+    classifier = torch.nn.Linear(8, 8)
+
+    def loss(images, labels, noise, progress):
+        rows = classifier(images.flatten(1))
+        return (rows @ rows.T).mean()
+
+    with pytest.raises(BenchError, match="grow faster than its images"):
+        training_flops(loss, (1, 2, 4), BUDGET, classifier)
+
+
 def test_lenet_is_the_published_one():
     torch.manual_seed(0)
     lenet = BackboneSettings(timm="lenet")

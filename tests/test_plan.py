@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -142,16 +143,19 @@ def unseen(experiment: Experiment, seen: set[str]) -> Experiment:
     return experiment.model_copy(update={"methods": methods})
 
 
-def shipped_makes() -> list[Experiment]:
-    """Shipped experiments, each with the methods whose like no other before it has."""
+@cache
+def shipped_makes() -> dict[str, Experiment]:
+    """Shipped experiments by name, each with the methods whose like no other before it has."""
     seen: set[str] = set()
-    every = (shallow(load_experiment(ROOT / f"config/{name}.yaml")) for name in SHIPPED)
-    chosen = [unseen(experiment, seen) for experiment in every]
-    return [experiment for experiment in chosen if experiment.methods]
+    every = {name: load_experiment(ROOT / f"config/{name}.yaml") for name in SHIPPED}
+    return {name: unseen(shallow(experiment), seen) for name, experiment in every.items()}
 
 
-@pytest.mark.parametrize("experiment", shipped_makes(), ids=lambda experiment: experiment.name)
-def test_every_make_of_the_shipped_experiments_has_a_bill(experiment):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_make_of_the_shipped_experiments_has_a_bill(name):
+    experiment = shipped_makes()[name]
+    if not experiment.methods:
+        pytest.skip("the like of each of its methods is planned in others")
     table, draws = plan(experiment, RATE)
     certified = table[table["stage"] == "certify"].set_index("method")
     assert set(certified.index) == set(experiment.methods)
