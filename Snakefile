@@ -13,6 +13,11 @@ if "methods" not in config:
 report: "bench/report/workflow.rst"
 
 
+# An image to install the locked environment into: `snakemake --lint` wants one named, and
+# `--sdm apptainer` would run the jobs in it.
+container: "docker://python:3.11"
+
+
 include: "bench/rules/common.smk"
 include: "bench/rules/data.smk"
 include: "bench/rules/train.smk"

@@ -1,5 +1,6 @@
 """Verdicts: what the numbers say, on small tables whose every number is known and on our own."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -389,7 +390,7 @@ def test_verdicts_on_the_reference_are_what_its_numbers_say(reference):
 def test_the_page_leaves_out_no_reading(reference):
     page = render(reference)
     for verdict, number in reference["verdict"].value_counts().items():
-        assert f"## {verdict}: {number}\n" in page
+        assert re.search(rf"^## {verdict}: {number}(, \d+ of them not run)?$", page, re.M)
     absent = reference["reason"] == "not run"
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     counts = [int(row[-1].rstrip(" |")) for row in rows if len(row) == 3 and row[0] != "| not run"]

@@ -7,10 +7,9 @@ from snakemake.utils import validate
 
 # The code that runs is the one beside this Snakefile, also in a copy of the repository.
 sys.path.insert(0, workflow.basedir)
-others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    [workflow.basedir, *(p for p in others if p != workflow.basedir)]
-)
+others = [p for p in os.getenv("PYTHONPATH", "").split(os.pathsep) if p]
+places = [workflow.basedir, *(p for p in others if p != workflow.basedir)]
+os.environ.update(PYTHONPATH=os.pathsep.join(places))
 
 from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
