@@ -96,10 +96,9 @@ class BaselineJob:
         """Where an interrupted training of this job stands, for `fit`."""
         folders = [f for f in (self.base, self.denoiser, *self.surrogates) if f is not None]
         starts = [read_spec(folder).weights_sha256 for folder in folders]
-        point = self.experiment.point(self.method)
-        lender = self.experiment.point(point.denoiser.of).baseline if point.denoiser else None
+        baselines = self.experiment.point(self.method).baseline, self.experiment.lender(self.method)
         place = (self.output, self.identity, self.data, self.training, self.device)
-        return state_of(*place, starts, point.baseline, lender)
+        return state_of(*place, starts, *baselines)
 
     def with_route(self, cost: dict[str, Any], front: nn.Module | None) -> dict[str, Any]:
         """`cost` with that of base, surrogates and the denoiser `front` that it starts from."""

@@ -780,6 +780,11 @@ class Experiment(Settings):
             overrides |= self.tuning.training.model_dump(exclude_none=True)
         return self.training.model_copy(update=overrides)
 
+    def lender(self, method: str) -> str | None:
+        """The baseline whose denoiser `method` borrows, if any."""
+        shared = self.point(method).denoiser
+        return None if shared is None else self.point(shared.of).baseline
+
     def training_fingerprint(self, method: str, sigma: float, seed: int) -> str:
         """Hash of the settings that define one model folder (labels do not)."""
         chosen, sigma = self.point(method), self.training_sigma(method, sigma)

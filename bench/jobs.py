@@ -321,8 +321,8 @@ def train(
     record, cost = None, cost_report(None, {}, {})
     if point.learning_rate is not None:
         starts = [read_spec(f).weights_sha256 for f in (base, denoiser) if f is not None]
-        lender = experiment.point(point.denoiser.of).baseline if point.denoiser else None
-        state = state_of(folder, identity, data, settings, device, starts, lender)
+        place = (folder, identity, data, settings, device)
+        state = state_of(*place, starts, experiment.lender(method))
         record, cost = _fit_classifier(
             settings, classifier, data, point.objective, sigma, point.learning_rate, seed, state
         )
