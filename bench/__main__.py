@@ -6,5 +6,5 @@ try:
     from bench.cli import main
 
     main()
-except KeyboardInterrupt:  # during the import, or a second one while the first is answered
+except KeyboardInterrupt:  # during the import: `main` lets it end the process
     sys.exit(130)

@@ -448,7 +448,13 @@ def schema() -> None:
 
 
 def run_guarded(command: typer.Typer) -> None:
-    """Run a command line; a user's mistake is one line on stderr, never a traceback."""
+    """Run a command line; a user's mistake is one line on stderr, never a traceback.
+
+    Ctrl-C ends it as a kill does, which nothing minds.
+    """
+    # A KeyboardInterrupt while torch is imported is swallowed, or aborts with a message in C++.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     # It reports every request, thousands in a training.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
@@ -456,10 +462,6 @@ def run_guarded(command: typer.Typer) -> None:
         command()
     except BenchError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        # Snakemake passes on what the terminal has sent already.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.exit(130)
     except Exception as error:
         if (complaint := _out_of_resources(error)) is None:
             raise

@@ -91,6 +91,20 @@ def on_a_full_disk(size: int, work: Work) -> int:
     return os.WEXITSTATUS(in_child(work, lambda: limit_files(size, signal.SIG_IGN)))
 
 
+def test_ctrl_c_ends_a_command_whose_libraries_swallow_it():
+    def swallow():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.monotonic()  # a handler in Python runs between two steps of the interpreter
+
+    def as_in_a_terminal():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    status = in_child(swallow, as_in_a_terminal)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGINT
+
+
 # --- Certification -------------------------------------------------------------------------
 
 
