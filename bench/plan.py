@@ -372,7 +372,7 @@ def stage_totals(table: pd.DataFrame) -> pd.DataFrame:
         "memory_bytes": "max",
         "disk_bytes": "sum",
     }
-    totals = parts.groupby("stage").agg(how).loc[[*STAGES]]
+    totals = parts.groupby("stage").agg(how).reindex([*STAGES], fill_value=0)
     totals.loc["all"] = parts.agg(how)
     totals["jobs"] = totals["jobs"].astype(int)
     for kind in ("memory", "disk"):

@@ -170,6 +170,13 @@ def test_every_make_of_the_shipped_experiments_has_a_bill(name):
     assert all(draw.expected <= draw.fixed for draw in draws.values())
 
 
+def test_an_experiment_all_from_scratch_has_a_bill_without_a_base():
+    experiment = shallow(load_experiment(ROOT / "config/fashion_mnist_regularised.yaml"))
+    totals = stage_totals(plan(experiment, RATE)[0]).set_index("stage")
+    assert totals.loc["pretrain", "jobs"] == 0
+    assert totals.loc["all", "hours"] == pytest.approx(totals.drop("all")["hours"].sum())
+
+
 def test_a_denoiser_of_another_method_counts_in_front():
     experiment = load_experiment(ROOT / "config/denoisers.yaml")
     shared = {n: m.denoiser.of for n, m in experiment.methods.items() if m.denoiser}
