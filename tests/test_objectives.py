@@ -317,6 +317,20 @@ def test_attacks_stay_in_the_ball_and_in_pixels_and_do_harm():
     assert harmed > value("cross_entropy", batch_at(sigma=0.0), noises=1)
 
 
+@pytest.mark.parametrize("kind", ["smoothadv", "smoothmix"])
+def test_attacks_do_not_move_pixels_that_a_resize_has_put_outside(kind):
+    flat = Linear()
+    flat.weight.data.zero_()
+    seen = []
+    flat.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    batch = batch_at(sigma=1e-9)
+    batch.images[0, 0, 0], batch.images[1, 0, 1] = -0.1, 1.2
+    settings = SETTINGS[kind](kind=kind).at(SIGMA)
+    OBJECTIVES[kind](flat, batch, **settings)
+    for pixels in seen:
+        torch.testing.assert_close(pixels, batch.images.repeat(len(pixels) // 6, 1, 1, 1))
+
+
 def test_every_objective_has_settings_with_its_keywords():
     assert SETTINGS.keys() == OBJECTIVES.keys()
     for kind, settings in SETTINGS.items():

@@ -33,6 +33,11 @@ def within(perturbation: Tensor, radius: float) -> Tensor:
     return perturbation * (radius / norm.clamp(min=radius)) if radius else 0 * perturbation
 
 
+def as_pixels(moved: Tensor, images: Tensor) -> Tensor:
+    """`(..., C, H, W)` in [0, 1], or as far outside as `images`, which a resize can overshoot."""
+    return torch.clamp(moved, images.clamp(max=0), images.clamp(min=1))
+
+
 def smoothed_gradient(
     classifier: nn.Module, images: Tensor, labels: Tensor, noise: Tensor
 ) -> Tensor:

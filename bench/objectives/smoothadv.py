@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from bench.objectives.attack import direction, evaluating, smoothed_gradient, within
+from bench.objectives.attack import as_pixels, direction, evaluating, smoothed_gradient, within
 from bench.objectives.noise import Batch, cross_entropies, noisy_logits
 
 
@@ -21,6 +21,7 @@ def smoothadv(
     with evaluating(classifier):
         for _ in range(steps):
             gradient = smoothed_gradient(classifier, adversary, batch.labels, noise)
-            moved = (adversary + 2 * radius / steps * direction(gradient)).clamp(0, 1)
+            moved = adversary + 2 * radius / steps * direction(gradient)
+            moved = as_pixels(moved, batch.images)
             adversary = batch.images + within(moved - batch.images, radius)
     return cross_entropies(noisy_logits(classifier, adversary + noise), batch.labels).mean()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bench.objectives.attack import direction, evaluating, smoothed_gradient, within
+from bench.objectives.attack import as_pixels, direction, evaluating, smoothed_gradient, within
 from bench.objectives.noise import Batch, cross_entropies, divergence, log_smoothed, noisy_logits
 
 
@@ -49,5 +49,5 @@ def _adversaries(
     with evaluating(classifier):
         for _ in range(steps):
             gradient = smoothed_gradient(classifier, path[-1], batch.labels, noise)
-            path.append((path[-1] + step_size * direction(gradient)).clamp(0, 1))
+            path.append(as_pixels(path[-1] + step_size * direction(gradient), batch.images))
     return path[1], path[-1]
