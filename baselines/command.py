@@ -134,7 +134,7 @@ def run_baseline(train: Callable[[BaselineJob], None]) -> None:
         check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
         torch.manual_seed(seed)
         data = load_data(settings.data)
-        device = pick_device()
+        device = pick_device(settings.gpus_per_job)
         job = BaselineJob(
             settings, method, sigma, seed, output, base, data, device, denoiser, surrogate or []
         )

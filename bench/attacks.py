@@ -188,7 +188,8 @@ def attack_method(
     protocol = _protocol_at(certificates, {**names, **of_the_model})
     log = read_log(certificates)
     log = log.iloc[spread(len(log), settings.images or len(log)).numpy()]
-    images = data.test.batch(torch.tensor(log["idx"].to_numpy())).to(pick_device())
+    device = pick_device(experiment.gpus_per_job)
+    images = data.test.batch(torch.tensor(log["idx"].to_numpy())).to(device)
     attack = _attack_on(experiment, model, protocol, images, data)
     rows = attack_certificates(attack, images, log)
     write_log(rows.to_dict("records"), output)

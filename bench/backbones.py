@@ -107,7 +107,8 @@ def compile_for_inference(classifier: nn.Module, batch: Tensor) -> None:
     mode = "reduce-overhead" if batch.device.type == "cuda" else None
     classifier.compile(dynamic=False, mode=mode)
     with torch.inference_mode():
-        classifier(batch)
+        # A tensor made outside would be guarded as another kind, and all be compiled again.
+        classifier(batch.clone())
 
 
 def head_of(network: nn.Module) -> nn.Module:

@@ -131,7 +131,7 @@ def certify_method(
             "all_images_sha256": sha256_json(wanted.tolist()),
         },
     )
-    run_task(task, output)
+    run_task(task, output, experiment.gpus_per_job)
 
 
 def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> ClassifierSpec:
@@ -145,7 +145,7 @@ def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> Classifie
     return spec
 
 
-def run_task(task: Task, output: Path) -> pd.DataFrame:
+def run_task(task: Task, output: Path, gpus: int = 0) -> pd.DataFrame:
     """Certify the wanted images, write log and sidecar, return the log.
 
     Where the device runs out of memory, batches are halved; the sidecar has the size that ran.
@@ -156,7 +156,7 @@ def run_task(task: Task, output: Path) -> pd.DataFrame:
     """
     if output.suffix != ".tsv":
         raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")
-    device = pick_device()
+    device = pick_device(gpus)
     images = task.test.batch(task.wanted).to(device)
     task.classifier.for_inference(pick_precision(task.settings.precision, device)).to(device)
     planned, votes = _meaning(task, device), output.with_suffix(".votes.jsonl")

@@ -434,7 +434,7 @@ def _load_folders(
         unknown = {p.parent.name for p in paths} - set(names)
         if unknown:
             raise BenchError(f"{folder / split} has classes that train/ lacks: {sorted(unknown)}")
-        labels = torch.tensor([names.index(path.parent.name) for path in paths])
+        labels = _labels(paths, names)
         splits.append(FolderSplit(paths, labels, settings.image_size))
     return splits[0], splits[1], len(names)
 
@@ -449,8 +449,13 @@ def labelled_folder(folder: Path, size: int) -> tuple[FolderSplit, int]:
     if not paths:
         raise BenchError(f"{folder} holds no images: put <class>/<image> files there")
     names = sorted({path.parent.name for path in paths})
-    labels = torch.tensor([names.index(path.parent.name) for path in paths])
-    return FolderSplit(paths, labels, size), len(names)
+    return FolderSplit(paths, _labels(paths, names), size), len(names)
+
+
+def _labels(paths: list[Path], names: list[str]) -> Tensor:
+    """The class of each image, which is its folder's position among `names`."""
+    classes = {name: number for number, name in enumerate(names)}
+    return torch.tensor([classes[path.parent.name] for path in paths])
 
 
 def spread(count: int, wanted: int) -> Tensor:

@@ -219,7 +219,7 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
         update = {"backbone": experiment.surrogates[surrogate]}
         experiment = experiment.model_copy(update=update)
     torch.manual_seed(identity.seed)
-    device = pick_device()
+    device = pick_device(experiment.gpus_per_job)
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
     settings = experiment.pretrain
@@ -313,7 +313,7 @@ def train(
     settings = experiment.method_training(method)
     torch.manual_seed(seed)
     size = experiment.backbone.noise_size(point.noise_resolution)
-    device, data = pick_device(), resized(load_data(experiment.data), size)
+    device, data = pick_device(experiment.gpus_per_job), resized(load_data(experiment.data), size)
     classifier = _starting_point(experiment, method, sigma, seed, base, data)
     classifier.denoiser, component = load_denoiser(experiment, method, sigma, seed, denoiser)
     classifier.to(device)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.errors import BenchError
+
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "pillow")
 
 
@@ -80,6 +82,17 @@ def pick_precision(asked: str, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def pick_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_device(gpus: int = 0) -> torch.device:
+    """CUDA where there is one, else the CPU.
+
+    Raises:
+        BenchError: `gpus` says that the job was given one, and torch sees none.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if gpus:
+        raise BenchError(
+            f"gpus_per_job is {gpus} and torch sees no GPU: install a driver for CUDA "
+            f"{torch.version.cuda} or a torch for yours, or set gpus_per_job: 0 for the CPU"
+        )
+    return torch.device("cpu")

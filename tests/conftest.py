@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny experiment, and real data fetched once."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,12 @@ hypothesis_settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread per test process: the workers share the cores, and forks outlive no thread."""
+    """One thread per test process: the workers share the cores, and forks outlive no thread.
+
+    Forks cannot share a GPU either, so tests run on the CPU wherever they do.
+    """
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,9 +5,10 @@ import subprocess
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from torch._dynamo.utils import counters
 
 from baselines.denoised_smoothing.dncnn import DnCNN
-from bench.backbones import create_classifier
+from bench.backbones import compile_for_inference, create_classifier
 from bench.config import BackboneSettings, TrainingSettings
 from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
@@ -20,7 +21,7 @@ from bench.model_folder import (
     load_classifier,
     save_model,
 )
-from bench.provenance import pick_precision, provenance
+from bench.provenance import pick_device, pick_precision, provenance
 
 WIDTH, DEPTH, CLASSES = 32, 2, 10
 BACKBONE = BackboneSettings(
@@ -239,6 +240,26 @@ def test_lenet_folder_round_trip_is_bit_equal(tmp_path):
 def test_auto_precision_follows_the_hardware(monkeypatch, asked, able, picked):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert pick_precision(asked, torch.device("cpu")) == picked
+
+
+def test_a_job_that_was_given_a_gpu_does_not_run_without_one():
+    assert pick_device().type == "cpu"
+    with pytest.raises(BenchError, match="gpus_per_job is 1 and torch sees no GPU"):
+        pick_device(1)
+
+
+def test_what_is_compiled_for_inference_is_not_compiled_again(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "freezing", False)
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    torch._dynamo.reset()
+    classifier = create_classifier(BackboneSettings(timm="lenet"), CLASSES, 1).eval()
+    batch = torch.rand(2, 1, 28, 28)
+    compile_for_inference(classifier, batch)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    with torch.inference_mode():
+        classifier(batch + torch.rand_like(batch))
+    assert counters["stats"]["unique_graphs"] == compiled
 
 
 @pytest.mark.parametrize("answer", ["absent", "refuses"])

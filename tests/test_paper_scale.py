@@ -86,7 +86,7 @@ def write_unet(folder: Path, config: dict, size: int) -> None:
 def toy_values(name: str, folder: Path) -> dict:
     """The shipped experiment with everything that takes time cut down, its data in `folder`."""
     values = yaml.safe_load((ROOT / f"config/{name}.yaml").read_text())
-    values |= {"sigmas": [0.5], "radius_step": 0.25, "threads_per_job": 1}
+    values |= {"sigmas": [0.5], "radius_step": 0.25, "threads_per_job": 1, "gpus_per_job": 0}
     values["data"] |= {"directory": str(folder / "data"), "validation_images": 8}
     values["backbone"] |= {"arguments": TINY_VIT, "input_size": 48, "pretrained": False}
     values["pretrain"]["images"] = min(16, values["pretrain"]["images"])

@@ -22,7 +22,7 @@ rule train_diffusion:
     priority: 100
     threads: EXPERIMENT.threads_per_job
     resources:
-        gpu=EXPERIMENT.gpus_per_job,
+        gpu=GPUS_PER_JOB,
         mem_mb=job_memory,
         runtime=job_minutes,
     params:

@@ -15,7 +15,7 @@ rule attack:
         f"{RESULTS}/benchmarks/attack/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
     threads: EXPERIMENT.threads_per_job
     resources:
-        gpu=EXPERIMENT.gpus_per_job,
+        gpu=GPUS_PER_JOB,
         mem_mb=job_memory,
         runtime=job_minutes,
     params:

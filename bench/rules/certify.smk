@@ -29,7 +29,7 @@ if SHARDS == 1:
             f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
         threads: EXPERIMENT.threads_per_job
         resources:
-            gpu=EXPERIMENT.gpus_per_job,
+            gpu=GPUS_PER_JOB,
             mem_mb=job_memory,
             runtime=job_minutes,
         params:
@@ -56,7 +56,7 @@ else:
             f"{RESULTS}/benchmarks/certify/{{method}}/sigma_{{sigma}}/seed_{{seed}}/{{scatteritem}}.tsv"
         threads: EXPERIMENT.threads_per_job
         resources:
-            gpu=EXPERIMENT.gpus_per_job,
+            gpu=GPUS_PER_JOB,
             mem_mb=job_memory,
             runtime=job_minutes,
         params:

@@ -140,9 +140,14 @@ def planned_certification(wildcards):
     )
 
 
+# Without a number, jobs on a machine with a GPU take turns on it: each would use it.
+GPUS_PER_JOB = EXPERIMENT.gpus_per_job or int(os.path.exists("/dev/nvidia0"))
+
+
 def job_memory(wildcards, attempt):
     """MiB of main memory that a training, certification or attack asks a cluster for."""
-    return 4000 * attempt
+    # With the CUDA context, a diffusion model or the state of a training in main memory.
+    return (16000 if EXPERIMENT.gpus_per_job else 4000) * attempt
 
 
 def job_minutes(wildcards, attempt):

@@ -18,7 +18,7 @@ rule pretrain:
     priority: 200
     threads: EXPERIMENT.threads_per_job
     resources:
-        gpu=EXPERIMENT.gpus_per_job,
+        gpu=GPUS_PER_JOB,
         mem_mb=job_memory,
         runtime=job_minutes,
     params:
@@ -79,7 +79,7 @@ rule train:
         method=methods_of(None),
     threads: EXPERIMENT.threads_per_job
     resources:
-        gpu=EXPERIMENT.gpus_per_job,
+        gpu=GPUS_PER_JOB,
         mem_mb=job_memory,
         runtime=job_minutes,
     params:
