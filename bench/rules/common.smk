@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def planned_certification(wildcards):
 
 
 # Without a number, jobs on a machine with a GPU take turns on it: each would use it.
-GPUS_PER_JOB = EXPERIMENT.gpus_per_job or int(os.path.exists("/dev/nvidia0"))
+GPUS_PER_JOB = EXPERIMENT.gpus_per_job or int(shutil.which("nvidia-smi") is not None)
 
 
 def job_memory(wildcards, attempt):
