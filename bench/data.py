@@ -193,7 +193,7 @@ def fetch(settings: DataSettings) -> None:
     elif settings.name in CIFAR_FILES:
         hashes = _fetch_cifar(folder, settings.name)
     else:
-        hashes = {"listing": _folder_hash(folder)}
+        hashes = {"listing": _folder_hash(folder, _split_files(folder))}
     manifest = {"name": settings.name, "files": hashes, "sha256": sha256_json(hashes)}
     write_json(folder / "manifest.json", manifest)
 
@@ -332,15 +332,18 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in kinds)
 
 
-def _folder_hash(folder: Path) -> str:
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each split; a walk over a million of them is worth doing once."""
+    files = {split: _image_files(folder / split) for split in ("train", "test")}
+    if absent := [split for split, paths in files.items() if not paths]:
+        raise BenchError(f"{folder / absent[0]} holds no images: put <class>/<image> files there")
+    return files
+
+
+def _folder_hash(folder: Path, files: dict[str, list[Path]]) -> str:
     """Hash of names and sizes: hashing 150 GB of ImageNet at every start would not be used."""
-    listing = []
-    for split in ("train", "test"):
-        files = _image_files(folder / split)
-        if not files:
-            raise BenchError(f"{folder / split} holds no images: put <class>/<image> files there")
-        listing += [[str(p.relative_to(folder)), p.stat().st_size] for p in files]
-    return sha256_json(listing)
+    paths = [path for split in files.values() for path in split]
+    return sha256_json([[str(path.relative_to(folder)), path.stat().st_size] for path in paths])
 
 
 def load_data(settings: DataSettings) -> Data:
@@ -425,12 +428,12 @@ def _load_folders(
 ) -> tuple[ImageSplit, ImageSplit, int]:
     if settings.image_size is None:
         raise BenchError(f"data.image_size is missing: {settings.name} images vary in size")
-    if _folder_hash(folder) != listing:
+    files = _split_files(folder)
+    if _folder_hash(folder, files) != listing:
         raise BenchError(f"{folder} changed since it was fetched: run `bench fetch` again")
     names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     splits = []
-    for split in ("train", "test"):
-        paths = _image_files(folder / split)
+    for split, paths in files.items():
         unknown = {p.parent.name for p in paths} - set(names)
         if unknown:
             raise BenchError(f"{folder / split} has classes that train/ lacks: {sorted(unknown)}")
