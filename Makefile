@@ -2,7 +2,10 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 EXPERIMENT ?= config/quick.yaml
-NAME := $(shell sed -n 's/^name: *//p' "$(EXPERIMENT)")
+ifeq ($(wildcard $(EXPERIMENT)),)
+$(error there is no experiment file $(EXPERIMENT))
+endif
+NAME := $(shell sed -n 's/^name: *\([a-z0-9_]*\).*/\1/p' "$(EXPERIMENT)")
 READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile "$(EXPERIMENT)"

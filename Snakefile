@@ -5,7 +5,7 @@ from snakemake.utils import min_version
 min_version("9.20")
 
 
-if "methods" not in config:
+if not workflow.configfiles:
 
     configfile: "config/quick.yaml"
 

@@ -4,7 +4,7 @@ from typing import ClassVar, Self
 
 from pydantic import ValidationError
 
-from bench.config import Experiment, Settings
+from bench.config import Experiment, Settings, complaints
 from bench.errors import BenchError
 
 
@@ -26,7 +26,7 @@ class BaselineSettings(Settings):
         try:
             return cls.model_validate(experiment.point(method).settings)
         except ValidationError as error:
-            raise BenchError(f"methods.{method}.settings: {error}") from None
+            raise BenchError(f"methods.{method}.settings:\n{complaints(error)}") from None
 
     @classmethod
     def check(cls, experiment: Experiment) -> None:

@@ -3,11 +3,12 @@
 import errno
 import json
 import logging
+import math
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from pydantic import ValidationError
@@ -21,13 +22,25 @@ from bench.config import (
     load_experiment,
 )
 from bench.errors import BenchError
+from bench.sources import ROOT
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
+
+def finite(value: float) -> float:
+    """Refuse infinity and nan, which no range of typer's does."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
 ExperimentFile = Annotated[Path, typer.Option("--experiment", help="Experiment file (YAML).")]
 MethodName = Annotated[str, typer.Option("--method", help="A method of the experiment.")]
-Sigma = Annotated[float, typer.Option("--sigma", help="Noise level in [0, 1] pixels.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certification.")]
+Sigma = Annotated[
+    float,
+    typer.Option("--sigma", help="Noise level in [0, 1] pixels.", callback=finite, min=0),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of training and certification.", min=0)]
 Output = Annotated[Path, typer.Option("--output", help="Where to write.")]
 LogFile = Annotated[Path, typer.Argument(help="Certification log.")]
 Expect = Annotated[str | None, typer.Option("--expect", help="Fingerprint Snakemake planned with.")]
@@ -59,7 +72,8 @@ def fetch(
     try:
         settings = DataSettings.model_validate({"name": name, "directory": directory})
     except ValidationError:
-        raise BenchError(f"--name {name} is no data set of this project") from None
+        known = ", ".join(get_args(DataSettings.model_fields["name"].annotation))
+        raise BenchError(f"--name {name} is no data set of this project: take {known}") from None
     fetch(settings)
 
 
@@ -103,6 +117,9 @@ def train(
     from bench import jobs
 
     settings = experiment_with(experiment, method)
+    own = settings.point(method).baseline
+    if own is not None and (ROOT / f"baselines/{own}/train.py").exists():
+        raise BenchError(f"methods.{method} is trained by `python -m baselines.{own}.train`")
     settings.refuse_keys(method, "settings", "surrogates")
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
     jobs.train(settings, method, sigma, seed, base, output, denoiser)

@@ -20,7 +20,12 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     """
     for path in (folder / "tables" / name, folder / name):
         if path.exists():
-            return pd.read_csv(path)
+            try:
+                return pd.read_csv(path)
+            except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
+                raise BenchError(
+                    f"{path} is no table ({error}): run its experiment again"
+                ) from None
     raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
 
 

@@ -1,5 +1,6 @@
 """The experiment file as typed models; the JSON schema comes from them."""
 
+import os
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -35,8 +36,17 @@ T = TypeVar("T")
 # One value for all noise levels, or one for each.
 PerSigma: TypeAlias = T | dict[PositiveFloat, T]
 TRIAL = "__lr_"
+# Data sets whose images vary in size.
+RESIZED = ("imagenet", "image_folder")
 # Where methods start from unless they name another; results hold it under this name.
 BASE = "base"
+
+
+def refuse_repeats(values: list[T]) -> list[T]:
+    """The values, none of which may come twice."""
+    if len(set(values)) != len(values):
+        raise ValueError("values repeat: list each once")
+    return values
 
 
 class DataSettings(Settings):
@@ -46,6 +56,17 @@ class DataSettings(Settings):
     directory: str = "data"
     image_size: PositiveInt | None = None
     validation_images: PositiveInt = 5000
+
+    @field_validator("directory")
+    @classmethod
+    def _home(cls, directory: str) -> str:
+        return os.path.expanduser(directory)
+
+    @model_validator(mode="after")
+    def _size_of_what_varies(self) -> "DataSettings":
+        if self.image_size is not None and self.name not in RESIZED:
+            raise ValueError(f"image_size means nothing to {self.name}, whose images have one size")
+        return self
 
 
 class BackboneSettings(Settings):
@@ -325,6 +346,20 @@ class Method(Settings):
             raise ValueError("learning_rate is given, but a frozen method trains nothing")
         return self
 
+    @field_validator("sigmas")
+    @classmethod
+    def _no_repeats(cls, values: list[float] | None) -> list[float] | None:
+        return values if values is None else refuse_repeats(values)
+
+    @model_validator(mode="after")
+    def _scratch_needs_rules_without_a_base(self) -> "Method":
+        if isinstance(self.parameterization, Scratch) and self.baseline is None:
+            raise ValueError(
+                "parameterization.kind = scratch starts from no base: add "
+                "`baseline: gaussian_retraining`"
+            )
+        return self
+
     @model_validator(mode="after")
     def _start_is_used(self) -> "Method":
         if self.start == BASE:
@@ -531,9 +566,14 @@ class Experiment(Settings):
     @field_validator("sigmas", "seeds")
     @classmethod
     def _no_repeats(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) != len(values):
-            raise ValueError("values repeat: list each once")
-        return values
+        return refuse_repeats(values)
+
+    @field_validator("methods")
+    @classmethod
+    def _no_trial_names(cls, methods: dict[str, Method]) -> dict[str, Method]:
+        if taken := [name for name in methods if TRIAL in name]:
+            raise ValueError(f"{taken[0]}: names with {TRIAL} are those of trials: choose another")
+        return methods
 
     @field_validator("methods")
     @classmethod
@@ -852,7 +892,9 @@ def complaints(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
-        lines.append(f"  {key}: {item['msg']} (found: {item['input']!r:.80})")
+        text = isinstance(item["input"], str) and item["type"] in ("float_type", "int_type")
+        cure = "; YAML reads 1e-3 and numbers in quotes as text: write 1.0e-3" if text else ""
+        lines.append(f"  {key}: {item['msg']} (found: {item['input']!r:.80}){cure}")
     return "\n".join(lines)
 
 
@@ -863,7 +905,8 @@ def parse_experiment(values: object, source: str) -> Experiment:
         BenchError: names the file and each offending key.
     """
     try:
-        return Experiment.model_validate(values)
+        # Strict, as the JSON schema is: a number in quotes is a mistake.
+        return Experiment.model_validate(values, strict=True)
     except ValidationError as error:
         raise BenchError(
             f"{source} is not a valid experiment:\n{complaints(error)}\n"

@@ -25,7 +25,14 @@ from torch import Tensor
 
 from bench.config import DataSettings
 from bench.errors import BenchError
-from bench.files import atomic_write, read_json, sha256_file, sha256_json, write_json
+from bench.files import (
+    atomic_write,
+    make_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,7 @@ CIFAR_FILES = {
 }
 CIFAR_LABEL_BYTES = {"cifar10": 1, "cifar100": 2}
 SPLIT_SEED = 20_240_405
+IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class ImageSplit(Protocol):
@@ -97,8 +105,11 @@ class FolderSplit:
 
     def _load(self, path: Path) -> Tensor:
         try:
-            image = Image.open(path).convert("RGB")
-        except OSError as error:
+            stored = Image.open(path)
+            if stored.mode.startswith(("I", "F")):  # Pillow would cut off what exceeds 255
+                raise BenchError(f"{path} has more than 8 bits per channel: convert it to 8")
+            image = stored.convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
             raise BenchError(f"{path} cannot be read as an image ({error}): replace it") from None
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale)) for side in image.size)
@@ -185,7 +196,7 @@ def fetch(settings: DataSettings) -> None:
         BenchError: no source had them, or a file's hash is wrong.
     """
     folder = data_folder(settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if settings.name == "fashion_mnist":
         hashes = _fetch_fashion_mnist(folder)
     elif settings.name == "mnist_5k":
@@ -327,16 +338,25 @@ def _is_cifar(path: Path, name: str) -> bool:
     return length > 0 and length % (CIFAR_LABEL_BYTES[name] + 3072) == 0
 
 
+def _class_names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _image_files(folder: Path) -> list[Path]:
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-    return sorted(path for path in folder.glob("*/*") if path.suffix.lower() in kinds)
+    files = (path for path in folder.glob("*/*") if not path.parent.name.startswith("."))
+    return sorted(path for path in files if path.suffix.lower() in IMAGE_KINDS)
+
+
+def _no_images(folder: Path) -> BenchError:
+    kinds = ", ".join(IMAGE_KINDS)
+    return BenchError(f"{folder} holds no images: put <class>/<image> files there ({kinds})")
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
     """The image files of each split; a walk over a million of them is worth doing once."""
     files = {split: _image_files(folder / split) for split in ("train", "test")}
     if absent := [split for split, paths in files.items() if not paths]:
-        raise BenchError(f"{folder / absent[0]} holds no images: put <class>/<image> files there")
+        raise _no_images(folder / absent[0])
     return files
 
 
@@ -375,12 +395,16 @@ def load_data(settings: DataSettings) -> Data:
     )
 
 
+def _again(folder: Path) -> str:
+    return f"run `bench fetch --name {folder.name} --directory {folder.parent}` again"
+
+
 def _load_fashion_mnist(folder: Path) -> tuple[ImageSplit, ImageSplit]:
     for name, sha256 in FASHION_MNIST.items():
         path = folder / name
         if not path.exists() or sha256_file(path) != sha256:
             raise BenchError(
-                f"{path} is missing or corrupt: run `bench fetch` again, it repairs the files"
+                f"{path} is missing or corrupt: {_again(folder)}, it repairs the files"
             )
     splits = []
     for part in ("train", "t10k"):
@@ -395,7 +419,7 @@ def _load_mnist_5k(folder: Path) -> tuple[ImageSplit, ImageSplit]:
     """350 images of each digit to train on and 150 to test, both in a fixed random order."""
     path = folder / MNIST_5K
     if not _is_mnist_5k(path):
-        raise BenchError(f"{path} is missing or corrupt: run `bench fetch` again, it repairs it")
+        raise BenchError(f"{path} is missing or corrupt: {_again(folder)}, it repairs it")
     rows = pd.read_csv(path, header=None).sample(frac=1, random_state=SPLIT_SEED)
     rank = rows.groupby(rows.columns[-1]).cumcount()
     splits = []
@@ -415,7 +439,7 @@ def _load_cifar(
         for file in files:
             path = folder / file
             if not path.exists() or sha256_file(path) != hashes.get(file):
-                raise BenchError(f"{path} is missing or changed: run `bench fetch` again")
+                raise BenchError(f"{path} is missing or changed: {_again(folder)}")
             rows.append(np.fromfile(path, np.uint8).reshape(-1, label_bytes + 3072))
         table = torch.from_numpy(np.concatenate(rows))
         images = table[:, label_bytes:].reshape(-1, 3, 32, 32)
@@ -430,8 +454,8 @@ def _load_folders(
         raise BenchError(f"data.image_size is missing: {settings.name} images vary in size")
     files = _split_files(folder)
     if _folder_hash(folder, files) != listing:
-        raise BenchError(f"{folder} changed since it was fetched: run `bench fetch` again")
-    names = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+        raise BenchError(f"{folder} changed since it was fetched: {_again(folder)}")
+    names = _class_names(folder / "train")
     splits = []
     for split, paths in files.items():
         unknown = {p.parent.name for p in paths} - set(names)
@@ -450,8 +474,8 @@ def labelled_folder(folder: Path, size: int) -> tuple[FolderSplit, int]:
     """
     paths = _image_files(folder)
     if not paths:
-        raise BenchError(f"{folder} holds no images: put <class>/<image> files there")
-    names = sorted({path.parent.name for path in paths})
+        raise _no_images(folder)
+    names = _class_names(folder)
     return FolderSplit(paths, _labels(paths, names), size), len(names)
 
 

@@ -24,6 +24,18 @@ UNWRITABLE = (
 )
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it.
+
+    Raises:
+        BenchError: it cannot be made, or is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except UNWRITABLE as error:
+        raise BenchError(f"{folder} cannot be made: {error.strerror}") from None
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block succeeds.
@@ -53,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         BenchError: one does so now.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         lock(descriptor, folder)
@@ -97,6 +109,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise BenchError(f"{path} is missing: run the step that writes it") from None
+    except OSError as error:
+        raise BenchError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BenchError(f"{path} is not valid JSON ({error}): delete it and rerun") from None
     if not isinstance(value, dict):
@@ -106,14 +120,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; a merged one's keys may be given again."""
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"{key.value} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> Any:
     """Read plain values from a YAML file.
 
     Raises:
-        BenchError: the file cannot be read or is not YAML.
+        BenchError: the file cannot be read, is not YAML, or gives a key twice.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:

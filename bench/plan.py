@@ -253,7 +253,8 @@ def _classifier(planner: Planner, point: Method) -> Classifier:
 def _join_denoiser(planner: Planner, point: Method, classifier: Classifier) -> None:
     if point.denoiser is not None:
         front = plan_method(planner, point.denoiser.of).classifier.denoiser
-        assert front is not None
+        if front is None:
+            raise BenchError(f"{point.label}: denoiser.of = {point.denoiser.of} has no denoiser")
         classifier.denoiser = front.requires_grad_(point.denoiser.trained)
 
 

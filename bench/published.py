@@ -47,6 +47,8 @@ def build_published(
                     f"methods.{method}.published: {published} has no {name!r} at sigma {sigma}"
                 )
             parts.append(_side_by_side(own, reported))
+    if not parts:
+        raise BenchError("no methods.NAME.published says what is reproduced: set one")
     table = pd.concat(parts, ignore_index=True)
     with atomic_write(output) as temporary:
         table.to_csv(temporary, index=False)

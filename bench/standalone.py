@@ -10,7 +10,14 @@ from pydantic import ValidationError
 
 from bench.backbones import Classifier, create_classifier
 from bench.certification import Task, protocol_of, run_task
-from bench.config import BackboneSettings, CertificationSettings, DataSettings, RemoteSettings
+from bench.config import (
+    RESIZED,
+    BackboneSettings,
+    CertificationSettings,
+    DataSettings,
+    RemoteSettings,
+    complaints,
+)
 from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
@@ -56,9 +63,13 @@ def certify_anything(
         BenchError: a value, a file or the pair of model and data cannot work.
     """
     check_positive(sigma=sigma, step=step)
-    settings = _settings({**changes, "test_images": str(images)})
+    settings = _settings(changes).model_copy(update={"test_images": images})
     classifier, size, weights = _classifier(model)
-    test, classes, name, digest = _test_images(data, size if image_size is None else image_size)
+    if image_size is not None:
+        size = image_size
+    elif not Path(data).is_dir() and data not in RESIZED:
+        size = None  # a data set whose images have one size
+    test, classes, name, digest = _test_images(data, size)
     test = _noised_images(model, test)
     outputs = _outputs(classifier, test, f"--model {model} --data {data}")
     if outputs != classes:
@@ -72,10 +83,14 @@ def certify_anything(
 
 
 def _settings(changes: dict[str, str]) -> CertificationSettings:
+    if taken := {"shards", "test_images"} & changes.keys():
+        raise BenchError(f"--set {taken.pop()} means nothing here: --images has the number")
     try:
         values = {key: yaml.safe_load(text) for key, text in changes.items()}
         return CertificationSettings.model_validate(values)
-    except (ValidationError, yaml.YAMLError) as error:
+    except ValidationError as error:
+        raise BenchError(f"--set:\n{complaints(error)}") from None
+    except yaml.YAMLError as error:
         raise BenchError(f"--set: {error}") from None
 
 
@@ -130,9 +145,12 @@ def _test_images(data: str, size: int | None) -> tuple[ImageSplit, int, str, str
         hashes = [[str(p.relative_to(folder)), sha256_file(p)] for p in split.paths]
         return split, classes, folder.name, sha256_json(hashes)
     try:
-        settings = DataSettings.model_validate({"name": data, "image_size": size})
-    except ValidationError:
-        raise BenchError(f"--data {data} is neither a folder nor a data set here") from None
+        # No image is trained or validated on here, and a folder may have few.
+        values = {"name": data, "image_size": size, "validation_images": 1}
+        settings = DataSettings.model_validate(values)
+    except ValidationError as error:
+        why = f"is neither a folder nor a data set here:\n{complaints(error)}"
+        raise BenchError(f"--data {data} {why}") from None
     if not (data_folder(settings) / "manifest.json").exists():
         fetch(settings)
     found = load_data(settings)

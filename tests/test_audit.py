@@ -110,6 +110,16 @@ def test_full_precision_is_no_rounding(tmp_path: Path) -> None:
     assert found(tmp_path, rows) == []
 
 
+def test_a_log_of_ours_cuts_no_digits(tmp_path: Path) -> None:
+    rows = honest()
+    rows[0][3] = "0.25"
+    assert "printed digits" in only(found(tmp_path, rows))
+    log, side = tmp_path / "log.tsv", tmp_path / "log.json"
+    claim = {"sigma": 0.25, "alpha": 0.001, "n": 100_000}
+    side.write_text(json.dumps({**claim, "log_sha256": sha256_file(log)}))
+    assert "printed digits" not in audit(log).output
+
+
 def test_missing_images(tmp_path: Path) -> None:
     rows = honest()
     del rows[50:52], rows[20]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bench.config import json_schema, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
+from bench.files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 SCALARS = st.one_of(
@@ -58,6 +59,12 @@ def places(values: object, path: tuple = ()) -> list[tuple]:
         (("methods", "lora", "sigmas"), [0.3], "methods.lora.sigmas: 0.3"),
         (("methods", "lora", "label"), "adapter", "same label"),
         (("pretrain", "learning_rate"), "1e-3x", "pretrain.learning_rate"),
+        (("pretrain", "learning_rate"), "1e-3", "write 1.0e-3"),
+        (("sigmas",), [float("inf"), 0.5], "sigmas.0"),
+        (("data", "image_size"), 64, "image_size means nothing to fashion_mnist"),
+        (("methods", "lora", "sigmas"), [0.5, 0.5], "methods.lora.sigmas"),
+        (("methods", "lora", "parameterization"), {"kind": "scratch"}, "gaussian_retraining"),
+        (("methods", "head__lr_3"), {"label": "x", "family": "y"}, "those of trials"),
     ],
 )
 def test_a_mistake_is_named_with_file_and_key(smoke_values, path, value, named):
@@ -116,6 +123,15 @@ def test_a_file_of_anything_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BenchError, match=r"mine\.yaml"):
         load_experiment(path)
+
+
+def test_a_key_that_is_given_twice_is_named_with_its_line(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: &base {a: 1}\nmethods:\n  lora: {<<: *base, a: 2}\n")
+    assert read_yaml(path)["methods"] == {"lora": {"a": 2}}
+    path.write_text("methods:\n  lora: {a: 1}\n  head: {}\n  lora: {a: 2}\n")
+    with pytest.raises(BenchError, match=r"mine.yaml.*: lora is given twice(.|\n)*line 4"):
+        read_yaml(path)
 
 
 def test_yaml_cannot_build_python_objects(tmp_path):

@@ -74,6 +74,25 @@ def test_any_image_folder_is_a_data_set(image_folder):
         load_data(image_folder)
 
 
+def test_pixels_of_more_than_8_bits_are_refused_and_not_cut_off(image_folder):
+    deep = np.full((20, 30), 40_000, np.uint16)
+    Image.fromarray(deep).save(data_folder(image_folder) / "test/cat/0.png")
+    fetch(image_folder)
+    with pytest.raises(BenchError, match=r"test/cat/0.png has more than 8 bits"):
+        load_data(image_folder).test.batch(torch.tensor([0]))
+
+
+def test_classes_are_the_folders_that_do_not_hide(image_folder):
+    for name in (".ipynb_checkpoints", "emu"):
+        (data_folder(image_folder) / f"train/{name}").mkdir()
+    hidden = data_folder(image_folder) / "train/.ipynb_checkpoints/0.png"
+    Image.new("RGB", (40, 30)).save(hidden)
+    fetch(image_folder)
+    data = load_data(image_folder)
+    assert data.classes == 3
+    assert len(data.train.labels) == 6
+
+
 def test_cifar_binaries_are_read_and_checked(tmp_path):
     folder = tmp_path / "cifar10"
     folder.mkdir()

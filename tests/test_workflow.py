@@ -328,6 +328,10 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         certify_anything(*asked, image_size=56)
     with pytest.raises(BenchError, match="--step must be positive"):
         certify_anything(*asked[:4], 0.0, *asked[5:])
+    with pytest.raises(BenchError, match=r"makes [0-9]+ radii"):
+        certify_anything(*asked[:4], 1e-7, *asked[5:])
+    with pytest.raises(BenchError, match="--images has the number"):
+        certify_anything(*asked[:5], {"shards": "2"}, asked[6])
     table = certify_anything(
         "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
     )

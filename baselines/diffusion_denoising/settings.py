@@ -1,9 +1,9 @@
 """Keys of `settings` for methods of this baseline."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from baselines.settings import BaselineSettings
 from bench.config import Experiment
@@ -22,7 +22,7 @@ class DiffusionSettings(BaselineSettings):
         "noise_resolution",
     )
 
-    channels: str | None = None
+    channels: Annotated[str, Field(pattern=r"^[1-9]\d*(,[1-9]\d*)*$")] | None = None
     pretrained: str | None = None
     layers_per_block: PositiveInt = 1
     timesteps_low: NonNegativeInt = 0

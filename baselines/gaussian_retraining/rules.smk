@@ -1,3 +1,8 @@
+from baselines.gaussian_retraining.settings import RetrainingSettings
+
+check(RetrainingSettings)
+
+
 use rule train as train_gaussian_retraining with:
     input:
         data=DATA,

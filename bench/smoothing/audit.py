@@ -82,7 +82,7 @@ def audit_log(path: Path, claim: Claim) -> list[Finding]:
     cells.index = log.index
     findings = [
         *_sidecar(path),
-        *_radii(cells, log, claim),
+        *_radii(cells, log, claim, exact=_written_for(path) is not None),
         *_images(log, claim),
         *_order(log),
         *_answers(log, claim),
@@ -94,15 +94,22 @@ def audit_log(path: Path, claim: Claim) -> list[Finding]:
 
 
 def _sidecar(path: Path) -> Iterator[Finding]:
-    """Ours carry the hash of the log that they were written for."""
-    side = path.with_suffix(".json")
-    written_for = read_protocol(path).get("log_sha256") if side.exists() else None
+    written_for = _written_for(path)
     if written_for is not None and written_for != sha256_file(path):
-        yield Finding("error", f"the log was changed since {side.name} was written for it")
+        name = path.with_suffix(".json").name
+        yield Finding("error", f"the log was changed since {name} was written for it")
 
 
-def _radii(cells: pd.DataFrame, log: pd.DataFrame, claim: Claim) -> Iterator[Finding]:
-    """Radii are judged up to the rounding of the digits that the log prints."""
+def _written_for(path: Path) -> str | None:
+    """The hash in the JSON beside a log of ours, of which no digits are cut; others have none."""
+    found: str | None = None
+    if path.with_suffix(".json").exists():
+        found = read_protocol(path).get("log_sha256")
+    return found
+
+
+def _radii(cells: pd.DataFrame, log: pd.DataFrame, claim: Claim, exact: bool) -> Iterator[Finding]:
+    """Radii are judged up to the rounding of the digits that the log prints, if any are cut."""
     radius = log["radius"]
     if (radius < 0).any():
         yield Finding("error", f"negative radii: {(radius < 0).sum()}, down to {radius.min()}")
@@ -117,7 +124,7 @@ def _radii(cells: pd.DataFrame, log: pd.DataFrame, claim: Claim) -> Iterator[Fin
             f"radii above {cap:.6g}, the cap of sigma = {claim.sigma}, alpha = {claim.alpha}, "
             f"n = {claim.n}: {above.sum()}, up to {radius.max()}",
         )
-    if digits == DIGITS[1]:
+    if digits == DIGITS[1] or exact:
         return
     printed = np.floor(radius / TABLE_STEP)
     lifted = (radius > 0) & (log["correct"] == 1) & (printed > (radius - slack) // TABLE_STEP)

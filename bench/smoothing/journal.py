@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.errors import BenchError
-from bench.files import atomic_write, lock
+from bench.files import atomic_write, lock, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, meaning: str):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self.path = path
         # One descriptor for the whole run: what another run does to the name cannot mix votes.
         self._stream = path.open("a+b")

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from bench.errors import BenchError
 from bench.smoothing.bounds import radius_cap
 from bench.smoothing.noise import BLOCK
 
@@ -80,9 +81,19 @@ class Protocol:
         return self.alpha / self.family_size
 
 
+MOST_RADII = 10_000
+
+
 def radius_grid(step: float, largest: float) -> tuple[float, ...]:
-    """Multiples of `step` from 0 to `largest`; products, so 0.15 is one float everywhere."""
+    """Multiples of `step` from 0 to `largest`; products, so 0.15 is one float everywhere.
+
+    Raises:
+        BenchError: they are too many for tables.
+    """
     count = int(np.floor(largest / step * (1 + 1e-12)))
+    if count > MOST_RADII:
+        least = largest / MOST_RADII
+        raise BenchError(f"radius step {step} makes {count} radii: take at least {least:.2g}")
     return tuple(float(radius) for radius in np.round(np.arange(count + 1) * step, 10))
 
 
