@@ -151,8 +151,8 @@ def run_task(task: Task, output: Path, gpus: int = 0) -> pd.DataFrame:
     Where the device runs out of memory, batches are halved; the sidecar has the size that ran.
 
     Raises:
-        BenchError: `output` does not end in .tsv, so its companions could overwrite others'; or
-            no batch fits.
+        BenchError: the experiment gives the job `gpus` and torch sees none; `output` does not end
+            in .tsv, so its companions could overwrite others'; or no batch fits.
     """
     if output.suffix != ".tsv":
         raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")

@@ -28,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__d
 
 
 def finite(value: float) -> float:
-    """Refuse infinity and nan, which no range of typer's does."""
+    """Refuse infinity, which lies in every range that typer knows without an upper end."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value

@@ -63,13 +63,9 @@ def certify_anything(
         BenchError: a value, a file or the pair of model and data cannot work.
     """
     check_positive(sigma=sigma, step=step)
-    settings = _settings(changes).model_copy(update={"test_images": images})
+    settings = _settings(changes, images)
     classifier, size, weights = _classifier(model)
-    if image_size is not None:
-        size = image_size
-    elif not Path(data).is_dir() and data not in RESIZED:
-        size = None  # a data set whose images have one size
-    test, classes, name, digest = _test_images(data, size)
+    test, classes, name, digest = _test_images(data, image_size, size)
     test = _noised_images(model, test)
     outputs = _outputs(classifier, test, f"--model {model} --data {data}")
     if outputs != classes:
@@ -82,14 +78,14 @@ def certify_anything(
     return certified_accuracy(log, protocol.radii)
 
 
-def _settings(changes: dict[str, str]) -> CertificationSettings:
+def _settings(changes: dict[str, str], images: int) -> CertificationSettings:
     if taken := {"shards", "test_images"} & changes.keys():
         raise BenchError(f"--set {taken.pop()} means nothing here: --images has the number")
     try:
         values = {key: yaml.safe_load(text) for key, text in changes.items()}
-        return CertificationSettings.model_validate(values)
+        return CertificationSettings.model_validate({**values, "test_images": images})
     except ValidationError as error:
-        raise BenchError(f"--set:\n{complaints(error)}") from None
+        raise BenchError(f"--images or --set:\n{complaints(error)}") from None
     except yaml.YAMLError as error:
         raise BenchError(f"--set: {error}") from None
 
@@ -135,10 +131,17 @@ def _outputs(classifier: Classifier, test: ImageSplit, options: str) -> int:
         raise BenchError(f"{options}: the model cannot take images {shape} ({error})") from None
 
 
-def _test_images(data: str, size: int | None) -> tuple[ImageSplit, int, str, str]:
-    """Images, number of classes, the name that keys the noise, and a hash."""
+def _test_images(
+    data: str, asked: int | None, takes: int | None
+) -> tuple[ImageSplit, int, str, str]:
+    """Images, number of classes, the name that keys the noise, and a hash.
+
+    Images that vary in size are resized to what was `asked` for, else to what the model takes.
+    """
     folder = Path(data)
-    if size is None and (folder.is_dir() or data in ("imagenet", "image_folder")):
+    varies = folder.is_dir() or data in RESIZED
+    size = takes if asked is None and varies else asked
+    if size is None and varies:
         raise BenchError(f"--data {data}: give --image-size, which its images are resized to")
     if folder.is_dir() and size is not None:
         split, classes = labelled_folder(folder, size)

@@ -332,6 +332,8 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         certify_anything(*asked[:4], 1e-7, *asked[5:])
     with pytest.raises(BenchError, match="--images has the number"):
         certify_anything(*asked[:5], {"shards": "2"}, asked[6])
+    with pytest.raises(BenchError, match="test_images"):
+        certify_anything(*asked[:3], 0, *asked[4:])
     table = certify_anything(
         "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
     )
