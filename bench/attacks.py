@@ -193,19 +193,21 @@ def attack_method(
     attack = _attack_on(experiment, model, protocol, images, data)
     rows = attack_certificates(attack, images, log)
     write_log(rows.to_dict("records"), output)
-    sidecar = {
-        **names,
-        **of_the_model,
+    how = {**names, **of_the_model, **_meaning(settings, protocol)}
+    how |= {"certificates_sha256": sha256_file(certificates), "n_images": len(log)}
+    how |= {"seconds": time.perf_counter() - begin, **provenance(device)}
+    write_json(output.with_suffix(".json"), how)
+
+
+def _meaning(settings: AttackSettings, protocol: dict[str, Any]) -> dict[str, Any]:
+    """Part of the sidecar: the attack, and the protocol of the certificates that it attacks."""
+    return {
         "attack": settings.model_dump(exclude={"methods", "sigmas"}),
-        "noise_seed": attack.seed,
+        "noise_seed": protocol["noise_seed"],
         "noise_resolution": protocol["noise_resolution"],
         "certificate_alpha": protocol["alpha_per_image"],
-        "certificates_sha256": sha256_file(certificates),
         "precision": protocol["precision"],
-        "n_images": len(log),
-        "seconds": time.perf_counter() - begin,
     }
-    write_json(output.with_suffix(".json"), {**sidecar, **provenance(images.device)})
 
 
 def _protocol_at(certificates: Path, expected: dict[str, Any]) -> dict[str, Any]:

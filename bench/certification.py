@@ -102,17 +102,15 @@ def certify_method(
         model: the model folder.
         output: the log. Votes are kept beside it, and a rerun continues from them.
         shard: which share of the images, from 1.
+
+    Raises:
+        BenchError: the model folder is another's, or there is no such shard.
     """
     check_identity(model, identity_of(experiment, method, sigma, seed))
     spec = _spec_at(model, method, experiment.point(method).noise_resolution)
     data = resized(load_data(experiment.data), spec.noise_size)
     settings = experiment.certification
     wanted = spread(len(data.test.labels), settings.test_images)
-    if not 1 <= shard <= min(settings.shards, len(wanted)):
-        raise BenchError(
-            f"--shard {shard}: certification.shards deals {len(wanted)} images out to "
-            f"{settings.shards} shards, each of which needs one"
-        )
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
@@ -120,7 +118,7 @@ def certify_method(
         test=data.test,
         classes=data.classes,
         data_sha256=data.sha256,
-        wanted=wanted[shard - 1 :: settings.shards],
+        wanted=_dealt(wanted, settings.shards, shard),
         protocol=protocol_of(settings, data.name, sigma, seed, step, len(wanted)),
         settings=settings,
         names={
@@ -132,6 +130,16 @@ def certify_method(
         },
     )
     run_task(task, output, experiment.gpus_per_job)
+
+
+def _dealt(wanted: Tensor, shards: int, shard: int) -> Tensor:
+    """The share of the images `wanted` that is this shard's, from 1."""
+    if not 1 <= shard <= min(shards, len(wanted)):
+        raise BenchError(
+            f"--shard {shard}: certification.shards deals {len(wanted)} images out to {shards} "
+            "shards, each of which needs one"
+        )
+    return wanted[shard - 1 :: shards]
 
 
 def _spec_at(model: Path, method: str, resolution: NoiseResolution) -> ClassifierSpec:

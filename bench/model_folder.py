@@ -131,17 +131,11 @@ def save_model(
     Raises:
         BenchError: a weight is not finite, or another run writes the folder.
     """
-    broken = [name for name, p in classifier.named_parameters() if not bool(p.isfinite().all())]
-    if broken:
-        raise BenchError(f"{folder}: training left {broken[0]} not finite: lower learning_rate")
+    _check_finite(classifier, folder)
     with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         (folder / "classifier.json").unlink(missing_ok=True)
         partial = Path(scratch)
-        weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
-        save_file(weights, partial / "model.safetensors")
-        if adapter is not None:
-            adapter.save_pretrained(partial)  # type: ignore[operator]
-            (partial / "README.md").unlink(missing_ok=True)
+        _write_weights(partial, classifier, adapter)
         found = sha256_file(partial / "model.safetensors")
         for name in ADAPTER_FILES:  # an earlier method's: this one may have none
             (folder / name).unlink(missing_ok=True)
@@ -153,6 +147,21 @@ def save_model(
         hashed = spec.model_copy(update={"weights_sha256": found})
         write_json(folder / "classifier.json", hashed.model_dump())
         discard_state(folder)
+
+
+def _check_finite(classifier: Classifier, folder: Path) -> None:
+    broken = [name for name, p in classifier.named_parameters() if not bool(p.isfinite().all())]
+    if broken:
+        raise BenchError(f"{folder}: training left {broken[0]} not finite: lower learning_rate")
+
+
+def _write_weights(partial: Path, classifier: Classifier, adapter: nn.Module | None) -> None:
+    """`model.safetensors`, and peft's own files beside it."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in classifier.state_dict().items()}
+    save_file(weights, partial / "model.safetensors")
+    if adapter is not None:
+        adapter.save_pretrained(partial)  # type: ignore[operator]
+        (partial / "README.md").unlink(missing_ok=True)
 
 
 def training_report(

@@ -67,9 +67,7 @@ def certify_anything(
     classifier, size, weights = _classifier(model)
     test, classes, name, digest = _test_images(data, image_size, size)
     test = _noised_images(model, test)
-    outputs = _outputs(classifier, test, f"--model {model} --data {data}")
-    if outputs != classes:
-        raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
+    _check_outputs(classifier, test, model, data, classes)
     wanted = spread(len(test.labels), settings.test_images)
     protocol = protocol_of(settings, name, sigma, 0, step, len(wanted))
     names: dict[str, Any] = {"model": model, "sigma": sigma, "seed": 0}
@@ -117,18 +115,24 @@ def _noised_images(model: str, test: ImageSplit) -> ImageSplit:
     return test if size is None else Resized(test, size)
 
 
-def _outputs(classifier: Classifier, test: ImageSplit, options: str) -> int:
-    """Number of classes that the classifier answers on the first image."""
+def _check_outputs(
+    classifier: Classifier, test: ImageSplit, model: str, data: str, classes: int
+) -> None:
+    """Refuse a classifier that cannot take the first image or answers other classes."""
     image = test.batch(torch.tensor([0]))
     try:
         with torch.inference_mode():
-            return int(classifier(image).shape[1])
+            outputs = int(classifier(image).shape[1])
     # What networks raise where the shape does not fit; timm asserts.
     except (RuntimeError, AssertionError, ValueError) as error:
         if out_of_memory(error):
             raise
         shape = " x ".join(map(str, image.shape[1:]))
-        raise BenchError(f"{options}: the model cannot take images {shape} ({error})") from None
+        raise BenchError(
+            f"--model {model} --data {data}: the model cannot take images {shape} ({error})"
+        ) from None
+    if outputs != classes:
+        raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
 
 
 def _test_images(
