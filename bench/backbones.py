@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from bench.config import BackboneSettings
 from bench.errors import BenchError
 from bench.files import sha256_file
+from bench.memory import out_of_memory
 from bench.resolution import resize
 
 # Components named in a model folder come from this checkout, never from elsewhere.
 TRUSTED_PACKAGES = ("bench.", "baselines.")
+# What decides on the size of the images that the network of an experiment sees and takes.
+IMAGE_KEYS = "backbone.arguments and backbone.input_size"
 
 
 class Classifier(nn.Module):
@@ -225,6 +228,26 @@ def create_classifier(settings: BackboneSettings, classes: int, channels: int) -
         # Gray is the mean of the colours; timm sums the weights of the first layer over them.
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     return Classifier(network, mean, std, settings.input_size)
+
+
+def classes_answered(classifier: Classifier, image: Tensor, given: str) -> int:
+    """Number of classes that `classifier` answers on `image` `(1, C, H, W)`.
+
+    Raises:
+        BenchError: it cannot take such images; `given` names what decides on them.
+    """
+    training = classifier.training
+    try:
+        with torch.inference_mode():
+            return int(classifier.eval()(image).shape[1])
+    # What networks raise where the shape does not fit; timm asserts.
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if out_of_memory(error):
+            raise
+        shape = " x ".join(map(str, image.shape[1:]))
+        raise BenchError(f"{given}: the model cannot take images {shape} ({error})") from None
+    finally:
+        classifier.train(training)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from bench.backbones import (
+    IMAGE_KEYS,
     Classifier,
+    classes_answered,
     create_classifier,
     initial_weights,
     set_fused_attention,
@@ -222,6 +224,7 @@ def pretrain(experiment: Experiment, folder: Path, surrogate: str | None = None)
     device = pick_device(experiment.gpus_per_job)
     data = load_data(experiment.base_data)
     classifier = create_classifier(experiment.backbone, data.classes, data.shape[0]).to(device)
+    classes_answered(classifier, torch.zeros(1, *data.shape, device=device), IMAGE_KEYS)
     settings = experiment.pretrain
     initial = initial_weights(experiment.backbone, classifier.network)
     starts = [initial["sha256"]] if initial is not None else []
@@ -360,6 +363,7 @@ def _starting_point(
     # At the model's resolution images come resized, whatever the start took.
     native = point.noise_resolution == "native"
     classifier.input_size = experiment.backbone.input_size if native else None
+    classes_answered(classifier, torch.zeros(1, *data.shape), IMAGE_KEYS)
     steps = experiment.method_training(method).steps
     classifier.network = adapt(classifier.network, point.parameterization, steps)
     return classifier

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import norm
 from torch import Generator, Tensor, nn
 
-from bench.backbones import Classifier, create_classifier
+from bench.backbones import IMAGE_KEYS, Classifier, classes_answered, create_classifier
 from bench.certification import protocol_of
 from bench.config import (
     BackboneSettings,
@@ -166,8 +166,7 @@ class Planner:
         """A forward pass of `batch` images without gradient; FLOPs of one of them."""
 
         def run() -> None:
-            with torch.no_grad():
-                classifier(torch.zeros(batch, *shape))
+            classes_answered(classifier, torch.zeros(batch, *shape), IMAGE_KEYS)
 
         taken = follow(run, "float32", classifier)
         return replace(taken, flops=taken.flops // batch)

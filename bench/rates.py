@@ -9,7 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.backbones import create_classifier, set_fused_attention
+from bench.backbones import (
+    IMAGE_KEYS,
+    classes_answered,
+    create_classifier,
+    set_fused_attention,
+)
 from bench.config import Experiment
 from bench.cost import inference_flops
 from bench.data import describe
@@ -81,6 +86,7 @@ def measured_rate(experiment: Experiment) -> Rate:
     torch.set_num_threads(experiment.threads_per_job)
     backbone = experiment.backbone.untrained
     classifier = create_classifier(backbone, data.classes, data.shape[0]).to(device)
+    classes_answered(classifier, torch.zeros(1, *data.shape, device=device), IMAGE_KEYS)
     flops = inference_flops(classifier.eval(), data.shape)
     batch = int(min(experiment.training.batch_size, max(2, MEASURED_FLOPS // flops)))
     pixels = torch.rand(batch, *data.shape, device=device)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from bench.backbones import Classifier, create_classifier
+from bench.backbones import Classifier, classes_answered, create_classifier
 from bench.certification import Task, protocol_of, run_task
 from bench.config import (
     RESIZED,
@@ -21,7 +21,6 @@ from bench.config import (
 from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json
-from bench.memory import out_of_memory
 from bench.model_folder import load_classifier, read_spec
 from bench.provenance import tensors_sha256
 from bench.remote import RemoteClassifier, RemoteModel
@@ -120,17 +119,7 @@ def _check_outputs(
 ) -> None:
     """Refuse a classifier that cannot take the first image or answers other classes."""
     image = test.batch(torch.tensor([0]))
-    try:
-        with torch.inference_mode():
-            outputs = int(classifier(image).shape[1])
-    # What networks raise where the shape does not fit; timm asserts.
-    except (RuntimeError, AssertionError, ValueError) as error:
-        if out_of_memory(error):
-            raise
-        shape = " x ".join(map(str, image.shape[1:]))
-        raise BenchError(
-            f"--model {model} --data {data}: the model cannot take images {shape} ({error})"
-        ) from None
+    outputs = classes_answered(classifier, image, f"--model {model} --data {data}")
     if outputs != classes:
         raise BenchError(f"{model} answers {outputs} classes, {data} has {classes}")
 

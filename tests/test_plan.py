@@ -313,6 +313,17 @@ def test_inference_halves_the_network_but_not_the_head(smoke):
     assert set(kinds.values()) == {torch.bfloat16}
 
 
+def test_a_backbone_for_images_of_another_size_is_told(smoke_values):
+    backbone = smoke_values["backbone"]
+    larger = {**backbone, "arguments": {**backbone["arguments"], "img_size": 32}}
+    experiment = parse_experiment({**smoke_values, "backbone": larger}, "x")
+    message = r"backbone\.arguments and backbone\.input_size: .* cannot take images 1 x 28 x 28"
+    with pytest.raises(BenchError, match=message):
+        plan(experiment, RATE)
+    with pytest.raises(BenchError, match=message):
+        rates.measured_rate(experiment)
+
+
 def test_rates_say_where_they_come_from(smoke, tmp_path):
     rate = datasheet_rate("h100")
     assert rate.training == UTILISATION * PEAKS["h100"] == 0.4 * 989e12

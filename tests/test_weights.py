@@ -202,3 +202,16 @@ def test_the_base_says_where_it_started_and_scratch_does_not_start_there(values,
     data = load_data(experiment.data)
     scratch = _starting_point(experiment, "gaussian_retraining", 0.5, 0, None, data)
     assert not torch.allclose(scratch.network.blocks[0].attn.qkv.weight, stored, atol=0.5)
+
+
+def test_a_network_for_images_of_another_size_is_not_trained(values, tmp_path):
+    values["backbone"]["arguments"]["img_size"] = 42
+    experiment = parse_experiment(values, "x")
+    data, message = (
+        load_data(experiment.data),
+        r"backbone\.input_size: .* cannot take images 1 x 28",
+    )
+    with pytest.raises(BenchError, match=message):
+        pretrain(experiment, tmp_path / "base")
+    with pytest.raises(BenchError, match=message):
+        _starting_point(experiment, "gaussian_retraining", 0.5, 0, None, data)
