@@ -14,11 +14,41 @@ TRAINING = (
     "bench/jobs.py",
     "bench/lenet.py",
     "bench/model_folder.py",
+    "bench/provenance.py",
     "bench/resolution.py",
     "bench/training.py",
     "bench/training_state.py",
     "bench/objectives",
     "bench/parameterizations",
+)
+# What trains is behind the models that are certified, so its edits reach certificates as well.
+CERTIFICATION = (
+    "bench/backbones.py",
+    "bench/certification.py",
+    "bench/data.py",
+    "bench/lenet.py",
+    "bench/model_folder.py",
+    "bench/remote.py",
+    "bench/resolution.py",
+    *(
+        f"bench/smoothing/{name}.py"
+        for name in (
+            "bounds",
+            "engine",
+            "journal",
+            "noise",
+            "protocol",
+            "rules",
+            "sequential",
+            "voting",
+        )
+    ),
+)
+ATTACK = (
+    *CERTIFICATION,
+    "bench/attacks.py",
+    "bench/objectives/attack.py",
+    "bench/objectives/noise.py",
 )
 
 

@@ -15,7 +15,13 @@ os.environ.update(PYTHONPATH=os.pathsep.join(places))
 from bench.config import BASE as PRETRAINED
 from bench.config import TRIAL, load_experiment, parse_experiment, sigma_text
 from bench.errors import BenchError
-from bench.sources import baseline_folder, python_files, training_sources
+from bench.sources import (
+    ATTACK,
+    CERTIFICATION,
+    baseline_folder,
+    python_files,
+    training_sources,
+)
 
 EXPERIMENT_FILE = os.path.relpath(workflow.configfiles[-1])
 try:
@@ -210,33 +216,8 @@ def published_option(wildcards, input):
 
 
 TRAIN_CODE = training_code()
-CERTIFY_CODE = code_of(
-    "bench/backbones.py",
-    "bench/certification.py",
-    "bench/data.py",
-    "bench/lenet.py",
-    "bench/model_folder.py",
-    "bench/resolution.py",
-    *(
-        f"bench/smoothing/{name}.py"
-        for name in (
-            "bounds",
-            "engine",
-            "noise",
-            "protocol",
-            "rules",
-            "sequential",
-            "voting",
-        )
-    ),
-)
-
-ATTACK_CODE = [
-    *CERTIFY_CODE,
-    *code_of(
-        "bench/attacks.py", "bench/objectives/attack.py", "bench/objectives/noise.py"
-    ),
-]
+CERTIFY_CODE = code_of(*CERTIFICATION)
+ATTACK_CODE = code_of(*ATTACK)
 
 
 wildcard_constraints:
