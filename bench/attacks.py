@@ -184,7 +184,7 @@ def attack_method(
     spec = read_spec(model)
     data = resized(load_data(experiment.data), spec.noise_size)
     names = {"experiment": experiment.name, "method": method, "sigma": sigma, "seed": seed}
-    of_the_model = {"weights_sha256": spec.answers_sha256, "data_sha256": data.sha256}
+    of_the_model = {"model_sha256": spec.answers_sha256, "data_sha256": data.sha256}
     protocol = _protocol_at(certificates, {**names, **of_the_model})
     log = read_log(certificates)
     log = log.iloc[spread(len(log), settings.images or len(log)).numpy()]

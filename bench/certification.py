@@ -48,7 +48,7 @@ class Task:
     """What is certified, and the words for it in the sidecar."""
 
     classifier: Classifier
-    weights_sha256: str
+    model_sha256: str
     test: ImageSplit
     classes: int
     data_sha256: str
@@ -114,7 +114,7 @@ def certify_method(
     step = experiment.radius_step
     task = Task(
         classifier=load_classifier(model),
-        weights_sha256=spec.answers_sha256,
+        model_sha256=spec.answers_sha256,
         test=data.test,
         classes=data.classes,
         data_sha256=data.sha256,
@@ -263,7 +263,7 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         "compile": "inductor" if settings.compile else "none",
         "n_images": len(task.wanted),
         "image_shape": list(task.test.batch(task.wanted[:1]).shape[1:]),
-        "weights_sha256": task.weights_sha256,
+        "model_sha256": task.model_sha256,
         "data_sha256": task.data_sha256,
         "images_sha256": sha256_json(task.wanted.tolist()),
         "code_sha256": _code_hash(task.classifier),
@@ -290,8 +290,8 @@ def _code_hash(classifier: Classifier) -> str:
     root = Path(bench.__file__).parent
     stages = (root / f"{name}.py" for name in ("data", "model_folder", "resolution"))
     files = {*root.glob("smoothing/*.py"), *stages, Path(__file__)}
-    for module in classifier.modules():
-        source = Path(inspect.getfile(type(module)))
+    kinds = {kind for module in classifier.modules() for kind in type(module).__mro__}
+    for source in (Path(inspect.getfile(kind)) for kind in kinds - {object}):
         # Not the checkout: it may hold the environment as well.
         if any(source.is_relative_to(place) for place in (root, root.parent / "baselines")):
             files.add(source)
@@ -328,6 +328,10 @@ def _any_known(values: list[bool | None]) -> bool | None:
     return True if True in values else None if None in values else False
 
 
+# What may differ from shard to shard; all values are told.
+EACH = ("git_revision", "machine")
+
+
 def gather(shards: list[Path], output: Path) -> None:
     """Put the logs of all shards together.
 
@@ -360,7 +364,7 @@ def gather(shards: list[Path], output: Path) -> None:
         "n_images": len(whole),
         "images_sha256": found,
         "log_sha256": sha256_file(output),
-        "git_revision": ", ".join(dict.fromkeys(s["git_revision"] for s in sidecars)),
+        **{key: ", ".join(dict.fromkeys(s[key] for s in sidecars)) for key in EACH},
         "git_dirty": _any_known([sidecar["git_dirty"] for sidecar in sidecars]),
         "shards": len(shards),
     }

@@ -62,10 +62,14 @@ class ClassifierSpec(Settings):
 
     @property
     def answers_sha256(self) -> str:
-        """Hash of what the answers come from: the weights here, and a served model's identity."""
+        """Hash of what the answers come from: the weights and all that says how to use them.
+
+        Of a served model its identity, wherever it is served.
+        """
+        described = self.model_dump(mode="json")
         if isinstance(self.backbone, RemoteSettings):
-            return sha256_json([self.weights_sha256, self.backbone.model])
-        return self.weights_sha256
+            described["backbone"] = self.backbone.model
+        return sha256_json(described)
 
 
 class Identity(Settings):

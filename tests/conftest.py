@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,16 @@ hypothesis_settings.load_profile("repeatable")
 def pytest_configure(config: pytest.Config) -> None:
     """One thread per test process: the workers share the cores, and forks outlive no thread.
 
-    Forks cannot share a GPU either, so tests run on the CPU wherever they do.
+    Forks cannot share a GPU either, so tests run on the CPU wherever they do. What other runs left
+    in the user's cache is not read: a table there may be of other code or another scipy.
     """
     torch.set_num_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not hasattr(config, "workerinput"):  # workers inherit what the first process set
+        cache = tempfile.TemporaryDirectory(prefix="bench-tests-")
+        config.add_cleanup(cache.cleanup)
+        os.environ["XDG_CACHE_HOME"] = cache.name
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache.name}/inductor"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,6 +23,7 @@ from bench.files import read_json, write_json
 from bench.jobs import pretrain, train
 from bench.objectives.attack import direction
 from bench.smoothing import Protocol, certify
+from bench.smoothing.noise import noise_key
 from bench.tables import build_tables
 
 SIGMA = 0.5
@@ -84,6 +85,29 @@ class Ball(nn.Module):
     def forward(self, pixels):
         score = 4 - pixels.flatten(1).square().sum(1)
         return torch.stack([-score, score], dim=1)
+
+
+def test_every_step_of_an_attack_and_its_judge_draw_apart(monkeypatch):
+    """From certification too, whose seed they share."""
+    domains = {"certify": set(), "attack": set(), "predict": set()}
+
+    def watch(stage, module):
+        def watched(seed, data, image, domain, block):
+            domains[stage].add(domain)
+            return noise_key(seed, data, image, domain, block)
+
+        monkeypatch.setattr(f"bench.{module}.noise_key", watched)
+
+    images, attack = at_distance(torch.tensor([0.5])), attack_on(Linear(), steps=3)
+    watch("certify", "smoothing.voting")
+    settings = Protocol(SIGMA, mode="cohen", n0=32, n=64, data="test", batch_size=64, seed=11)
+    list(certify(Linear().eval(), images, [1], [0], settings, 2))
+    watch("attack", "attacks")
+    points = attack.points(images, torch.tensor([1]), torch.tensor([0.4]), [0])
+    watch("predict", "smoothing.voting")
+    attack.predict(points, [1], [0])
+    assert [len(found) for found in domains.values()] == [2, 4, 1]
+    assert len(set().union(*domains.values())) == 7
 
 
 def test_an_attack_does_not_depend_on_batches_or_order():
@@ -303,9 +327,12 @@ def test_an_attack_is_repeatable(world):
     pd.testing.assert_frame_equal(pd.read_csv(attacked(world, "undefended"), sep="\t"), first)
 
 
-def test_a_missing_or_foreign_log_is_named(world):
-    experiment, _ = world
-    logs = [attacked(world, method) for method in METHODS]
+def test_a_missing_or_foreign_log_is_named(world, tmp_path):
+    experiment, folder = world
+    for method in METHODS:
+        attacked(world, method)
+    shutil.copytree(folder / "attacks", tmp_path / "attacks")
+    logs = [tmp_path / "attacks" / f"{method}.tsv" for method in METHODS]
     with pytest.raises(BenchError, match=r"undefended at sigma 0\.5, seed 0 has no results yet"):
         build_attack_tables(experiment, logs[1:], Path("nowhere"))
     pd.read_csv(logs[0], sep="\t").head(1).to_csv(logs[0], sep="\t", index=False)
@@ -318,9 +345,9 @@ def test_certificates_of_another_model_are_refused(world):
         attacked(world, "undefended", certificates="undefended_model")
     _, folder = world
     sidecar = read_json(folder / "undefended.json")
-    other = {**sidecar, "weights_sha256": "of another training"}
+    other = {**sidecar, "model_sha256": "of another training"}
     write_json(folder / "foreign.json", other)
-    with pytest.raises(BenchError, match="weights_sha256 is 'of another training'"):
+    with pytest.raises(BenchError, match="model_sha256 is 'of another training'"):
         attacked(world, "undefended", certificates="foreign")
 
 

@@ -286,7 +286,7 @@ FAULTS = ("busy", "broken", "garbled", "part", "cut", "silent")
 def test_failed_requests_are_repeated_and_counted_where_they_may_have_been_answered():
     pixels = torch.rand(6, 1, 8, 8)
     with served(Faulty(toy_app(), FAULTS)) as url:
-        settings = RemoteSettings(url=url, timeout=2, attempts=7)
+        settings = RemoteSettings(url=url, timeout=5, attempts=7)
         remote = RemoteModel(settings, wait=AT_ONCE)
         answers = remote(pixels)
     assert torch.equal(answers, shifted(0.5)(pixels))

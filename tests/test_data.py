@@ -1,12 +1,14 @@
 """Fashion-MNIST is the real one, splits are fixed, damage is found and repaired."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from bench.config import DataSettings
-from bench.data import data_folder, fetch, load_data, spread
+from bench.data import _replace_all, data_folder, fetch, load_data, spread
 from bench.errors import BenchError
 
 
@@ -29,11 +31,15 @@ def test_fashion_mnist_is_whole_and_its_splits_disjoint(fetched):
     stage="train, certify",
     outcome="named; fetching again repairs it",
 )
-def test_a_corrupt_file_is_named_and_fetch_repairs_it(repository, monkeypatch):
+def test_a_corrupt_file_is_named_and_fetch_repairs_it(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(repository)
     settings = DataSettings(name="fashion_mnist")
     path = data_folder(settings) / "t10k-labels-idx1-ubyte"
-    content = path.read_bytes()
+    content, kept = path.read_bytes(), tmp_path / "kept"
+    shutil.copytree(path.parent, kept)
+    monkeypatch.setattr(
+        "bench.data._debian_fashion_mnist", lambda folder: _replace_all(folder, kept)
+    )
     path.write_bytes(content[:-1] + b"\x00")
     with pytest.raises(BenchError, match=r"t10k-labels-idx1-ubyte is missing or corrupt"):
         load_data(settings)

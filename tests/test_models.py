@@ -1,5 +1,6 @@
 """The classifier and its folder: what is refused, what is counted, what precision does."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -9,13 +10,14 @@ from torch._dynamo.utils import counters
 
 from baselines.denoised_smoothing.dncnn import DnCNN
 from bench.backbones import compile_for_inference, create_classifier
-from bench.config import BackboneSettings, TrainingSettings
+from bench.config import BackboneSettings, RemoteSettings, TrainingSettings
 from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
 from bench.files import read_json, write_json
 from bench.model_folder import (
     ADAPTER_FILES,
     ClassifierSpec,
+    Component,
     Identity,
     check_identity,
     load_classifier,
@@ -248,10 +250,12 @@ def test_a_job_that_was_given_a_gpu_does_not_run_without_one():
         pick_device(1)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_what_is_compiled_for_inference_is_not_compiled_again(monkeypatch):
     monkeypatch.setattr(torch._inductor.config, "freezing", False)
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     torch._dynamo.reset()
+    counters.clear()
     classifier = create_classifier(BackboneSettings(timm="lenet"), CLASSES, 1).eval()
     batch = torch.rand(2, 1, 28, 28)
     compile_for_inference(classifier, batch)
@@ -272,3 +276,23 @@ def test_without_git_the_revision_is_unknown_and_not_clean(monkeypatch, answer):
     monkeypatch.setattr(subprocess, "run", run)
     found = provenance(torch.device("cpu"))
     assert (found["git_revision"], found["git_dirty"]) == ("unknown", None)
+
+
+def test_models_of_the_same_weights_that_use_them_otherwise_are_told_apart():
+    """Votes are kept and certificates attacked by this hash."""
+    spec = ClassifierSpec(
+        data="d", classes=2, channels=1, backbone=BackboneSettings(timm="lenet"), weights_sha256="w"
+    )
+    others = [
+        {"weights_sha256": "v"},
+        {"denoiser": Component(factory="bench.lenet:LeNet", arguments={"timestep": 3})},
+        {"denoiser": Component(factory="bench.lenet:LeNet", arguments={"timestep": 4})},
+        {"backbone": BackboneSettings(timm="lenet", arguments={"drop": 1})},
+    ]
+    found = {spec.model_copy(update=changes).answers_sha256 for changes in ({}, *others)}
+    assert len(found) == 5
+    served = [
+        spec.model_copy(update={"backbone": RemoteSettings(url=url, model=model)}).answers_sha256
+        for url, model in (("http://a", "m"), ("http://b", "m"), ("http://a", "n"))
+    ]
+    assert served[0] == served[1] != served[2]

@@ -214,6 +214,21 @@ def test_results_do_not_depend_on_batch_order_or_shard(mode):
     assert sorted(sharded, key=lambda row: row["idx"]) == whole
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_every_batch_has_one_shape(mode):
+    """Of images, blocks and draws that do not fill a batch: rounding may depend on its shape."""
+    shapes = set()
+
+    class Watched(Linear):
+        def forward(self, pixels):
+            shapes.add(tuple(pixels.shape))
+            return super().forward(pixels)
+
+    images = torch.rand(23, *SHAPE, generator=torch.Generator().manual_seed(2)) * 0.2
+    certificates(images, protocol(mode=mode, n0=35, n=77, batch_size=128), model=Watched())
+    assert shapes == {(128, *SHAPE)}
+
+
 def test_a_bfloat16_vits_certificates_do_not_depend_on_order_or_shard():
     torch.manual_seed(0)
     backbone = BackboneSettings(
@@ -232,6 +247,24 @@ def test_a_bfloat16_vits_certificates_do_not_depend_on_order_or_shard():
         ids = list(range(shard, 23, 7))
         sharded += certificates(images[ids], settings, ids=ids, model=model)
     assert sorted(sharded, key=lambda row: row["idx"]) == whole
+
+
+def test_estimation_selection_and_prediction_draw_apart(monkeypatch):
+    """Votes that chose a class, or that were seen before an attack, must not be counted again."""
+    keyed = {}
+
+    def watched(seed, data, image, domain, block):
+        keyed.setdefault(mode, set()).add(noise_key(seed, data, image, domain, block))
+        return noise_key(seed, data, image, domain, block)
+
+    monkeypatch.setattr("bench.smoothing.voting.noise_key", watched)
+    images = torch.full((3, *SHAPE), 0.5)
+    for mode in ("cohen", "predict"):
+        certificates(images, protocol(mode=mode, n0=64, n=128))
+    selection, estimation = 3 * 64 // BLOCK, 3 * 128 // BLOCK
+    assert len(keyed["cohen"]) == selection + estimation
+    assert len(keyed["predict"]) == estimation
+    assert not keyed["cohen"] & keyed["predict"]
 
 
 KILLED = """
@@ -363,11 +396,15 @@ def test_a_family_shares_alpha_in_the_sequential_test_too():
         {"radii": (0.0, float("nan"))},
         {"family_size": 0},
         {"family_size": 0.5},
+        {"reserve_at": -1},
+        {"reserve_at": 0},
     ],
     ids=str,
 )
 def test_a_protocol_that_would_void_the_guarantee_is_refused(changes):
-    with pytest.raises(ValueError, match=r"out of range|radii must increase|counts images"):
+    with pytest.raises(
+        ValueError, match=r"out of range|radii must increase|counts images|counts draws"
+    ):
         protocol(mode="decide", **changes)
 
 

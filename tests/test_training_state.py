@@ -18,8 +18,9 @@ from torch import nn
 
 from bench.config import Sgd, TrainingSettings, parse_experiment
 from bench.data import ArraySplit
-from bench.jobs import pretrain
-from bench.training import fit
+from bench.jobs import pretrain, state_of
+from bench.model_folder import Identity
+from bench.training import batch_positions, fit
 from bench.training_state import FILES, TrainingState, discard_state
 
 STEPS = 8
@@ -210,3 +211,35 @@ def test_a_killed_job_is_finished_by_a_rerun(smoke_values, fetched, tmp_path):
     assert (left["sittings"], right["sittings"]) == (2, 1)
     for key in ("images", "loss_curve", "validation_accuracy"):
         assert left[key] == right[key]
+
+
+def test_a_state_is_of_all_that_its_training_depends_on(tmp_path, monkeypatch):
+    identity = Identity(experiment="e", method="m", sigma=0.5, seed=0, fingerprint="f")
+    data, cpu = SimpleNamespace(sha256="d"), torch.device("cpu")
+    given = {"identity": identity, "data": data, "settings": ADAMW, "device": cpu, "starts": ["w"]}
+
+    def place(**changes):
+        return state_of(tmp_path, **{**given, **changes}).path
+
+    found = {
+        place(identity=identity.model_copy(update={"fingerprint": "other"})),
+        place(data=SimpleNamespace(sha256="other")),
+        place(starts=["other"]),
+    }
+    for name in ("sources_sha256", "versions", "machine", "pick_precision"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bench.jobs.{name}", lambda *arguments: "other")
+            found.add(place())
+    assert place() == place()
+    assert len(found | {place()}) == 3 + 4 + 1
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    split = ArraySplit(torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.zeros(10))
+    batches = [list(map(int, b)) for b in batch_positions(split, 4, 5, seed=3)]
+    assert [len(batch) for batch in batches] == [4] * 5
+    seen = list(itertools.chain(*batches))
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert batches == [list(map(int, b)) for b in batch_positions(split, 4, 5, seed=3)]
+    assert batches != [list(map(int, b)) for b in batch_positions(split, 4, 5, seed=4)]

@@ -14,6 +14,7 @@ from workflow import SMOKE, snakemake
 from bench.compare import agree, compare_results
 from bench.errors import BenchError
 from bench.files import read_json, write_json
+from bench.provenance import tensors_sha256
 from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
@@ -317,7 +318,8 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         num_classes=2,
     )  # fmt: skip
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config["tiny"].default)
-    monkeypatch.setattr(timm, "create_model", lambda name, **options: network)
+    built = []
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: built.append(given) or network)
     for name, shade in (("cat", 30), ("dog", 220)):
         (tmp_path / name).mkdir()
         for number in range(3):
@@ -338,5 +340,8 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         "timm:tiny", str(tmp_path), 0.25, 6, 0.125, changes, tmp_path / "log.tsv"
     )
     assert table["n_images"].tolist() == [6] * len(table)
+    assert all(given["pretrained"] and given["num_classes"] == 2 for given in built)
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    assert read_json(tmp_path / "log.json")["model_sha256"] == tensors_sha256(weights)
     log = pd.read_csv(tmp_path / "log.tsv", sep="\t")
     assert log["label"].tolist() == [0, 0, 0, 1, 1, 1]

@@ -23,7 +23,8 @@ class Protocol:
             for every image (Cohen 2019, CERTIFY); `radius` draws what a pilot says is needed
             to come within `tolerance` of what `n` draws would certify (Chen 2022, pilot
             discarded); `predict` answers without a radius (Cohen 2019, PREDICT).
-        n0: pilot draws, which choose the candidate class and nothing else.
+        n0: pilot draws, which choose the candidate class (of `pilot`) and, in `radius`, how many
+            draws follow; they are never counted as evidence.
         n: most estimation draws per image.
         alpha: probability that a certificate is wrong, per image or over `family_size` images.
         radii: `decide` tests these, increasing, in [0, 1]-pixel l2.
@@ -64,6 +65,8 @@ class Protocol:
             raise ValueError(f"batch_size must be a multiple of {BLOCK}, got {self.batch_size}")
         if not (self.sigma > 0 and 0 < self.alpha < 0.5 and self.n > 0 and self.n0 > 0):
             raise ValueError(f"sigma, alpha, n or n0 out of range in {self}")
+        if self.reserve_at is not None and self.reserve_at < 1:
+            raise ValueError(f"reserve_at counts draws, got {self.reserve_at}")
         if self.family_size < 1 or self.family_size != int(self.family_size):
             raise ValueError(f"family_size counts images, got {self.family_size}")
         if not (0 <= self.reserve < 1 and 0 <= self.futility < 1 and self.tolerance > 0):

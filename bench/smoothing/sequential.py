@@ -44,7 +44,7 @@ class Plan:
         alpha: probability of a false claim, over all looks.
         horizon: the last planned look; a run may stop before and be continued up to it.
         reserve: share of alpha kept for the look at `reserve_at` draws.
-        reserve_at: that look, ignored where nothing is reserved.
+        reserve_at: that look, where spending over the looks before it ends, too; 0 means none.
     """
 
     z: tuple[float, ...]
