@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, multinomial, norm
 
 from bench.errors import BenchError
 from bench.paired import holm, mcnemar, paired_difference_interval, paired_tests
@@ -57,18 +57,45 @@ def test_holm_keeps_the_familywise_error_that_uncorrected_values_exceed():
     assert np.mean((p_values < 0.05).any(axis=1)) > 0.35
 
 
-@pytest.mark.parametrize(("a", "b"), [(0.02, 0.02), (0.2, 0.05), (0.3, 0.3), (0.1, 0.0)])
-@pytest.mark.parametrize("n", [50, 500])
-def test_the_interval_covers(a, b, n):
-    cells = np.random.default_rng(0).multinomial(n, [a, b, 1 - a - b], size=20_000)
-    low, high = paired_difference_interval(cells[:, 0], cells[:, 1], n)
-    assert ((low <= a - b) & (a - b <= high)).mean() > 0.94
+def missed(a, b, n, confidence, interval=paired_difference_interval):
+    """Exact chance that the low and the high end miss a - b, over what either may."""
+    only_a, only_b = np.indices((n + 1, n + 1)).reshape(2, -1)
+    only_a, only_b = (cell[only_a + only_b <= n] for cell in (only_a, only_b))
+    counts = np.stack([only_a, only_b, n - only_a - only_b], axis=1)
+    chance = multinomial(n, [a, b, 1 - a - b]).pmf(counts)
+    low, high = interval(only_a, only_b, n, confidence)
+    ends = chance[low > a - b + 1e-12].sum(), chance[high < a - b - 1e-12].sum()
+    return max(ends) / ((1 - confidence) / 2), sum(ends) / (1 - confidence)
+
+
+CELLS = [(0.02, 0.02), (0.2, 0.05), (0.3, 0.3), (0.1, 0.0), (0.02, 0.0), (0.45, 0.02), (0.005, 0.0)]
+
+
+@pytest.mark.parametrize("n", [50, 250])
+@pytest.mark.parametrize("comparisons", [1, 12])
+def test_either_end_of_the_interval_errs_no_oftener_than_it_may(n, comparisons):
+    for a, b in CELLS:
+        worse_end, both = missed(a, b, n, 1 - 0.05 / comparisons)
+        assert worse_end < 1.02
+        assert both < 0.95
+
+
+def wald_of_bonett_and_price(only_a, only_b, n, confidence):
+    a, b = (only_a + 1) / (n + 2), (only_b + 1) / (n + 2)
+    half = norm.isf((1 - confidence) / 2) * np.sqrt((a + b - (a - b) ** 2) / (n + 2))
+    return a - b - half, a - b + half
+
+
+def test_an_adjusted_wald_interval_is_caught():
+    """Negative control: near its level at 95 %, and far over it where twelve share the error."""
+    found = [missed(a, b, 250, 1 - 0.05 / 12, wald_of_bonett_and_price) for a, b in CELLS]
+    assert max(worse_end for worse_end, _ in found) > 3
 
 
 def test_a_narrower_interval_covers_less():
     cells = np.random.default_rng(0).multinomial(500, [0.3, 0.3, 0.4], size=20_000)
     low, high = paired_difference_interval(cells[:, 0], cells[:, 1], 500, confidence=0.8)
-    assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(0.8, abs=0.02)
+    assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(0.82, abs=0.02)
 
 
 def test_one_method_has_no_pairs():
