@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from bench.config import Experiment
 from bench.errors import BenchError
-from bench.files import atomic_write, read_json
+from bench.files import atomic_write, read_json, sha256_file
 from bench.smoothing.rules import ABSTAIN
 from bench.statistics import accuracy_interval
 from bench.tables import check_points, names_of
@@ -38,10 +38,9 @@ def build_attack_tables(experiment: Experiment, logs: list[Path], folder: Path) 
 
 def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     sidecar = read_json(path.with_suffix(".json"))
-    log = pd.read_csv(path, sep="\t")
-    if log["idx"].nunique() != sidecar["n_images"]:
-        raise BenchError(f"{path} lacks images of {sidecar['n_images']}: attack again")
-    return sidecar, log
+    if sidecar.get("log_sha256") != sha256_file(path):
+        raise BenchError(f"{path} is not what its .json was written for: attack again")
+    return sidecar, pd.read_csv(path, sep="\t")
 
 
 def _curve(

@@ -25,7 +25,7 @@ from bench.progress import track
 from bench.provenance import pick_device, provenance
 from bench.resolution import resized
 from bench.smoothing.engine import certify
-from bench.smoothing.log import read_log, read_protocol, write_log
+from bench.smoothing.log import read_own_log, write_log
 from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
 from bench.smoothing.protocol import Protocol
 from bench.smoothing.rules import ABSTAIN
@@ -185,8 +185,7 @@ def attack_method(
     data = resized(load_data(experiment.data), spec.noise_size)
     names = {"experiment": experiment.name, "method": method, "sigma": sigma, "seed": seed}
     of_the_model = {"model_sha256": spec.answers_sha256, "data_sha256": data.sha256}
-    protocol = _protocol_at(certificates, {**names, **of_the_model})
-    log = read_log(certificates)
+    protocol, log = _certified_log(certificates, {**names, **of_the_model})
     log = log.iloc[spread(len(log), settings.images or len(log)).numpy()]
     device = pick_device(experiment.gpus_per_job)
     images = data.test.batch(torch.tensor(log["idx"].to_numpy())).to(device)
@@ -195,6 +194,7 @@ def attack_method(
     write_log(rows.to_dict("records"), output)
     how = {**names, **of_the_model, **_meaning(settings, protocol)}
     how |= {"certificates_sha256": sha256_file(certificates), "n_images": len(log)}
+    how |= {"log_sha256": sha256_file(output)}
     how |= {"seconds": time.perf_counter() - begin, **provenance(device)}
     write_json(output.with_suffix(".json"), how)
 
@@ -210,16 +210,18 @@ def _meaning(settings: AttackSettings, protocol: dict[str, Any]) -> dict[str, An
     }
 
 
-def _protocol_at(certificates: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The sidecar of a certification log, which must be of this experiment and model."""
-    protocol = read_protocol(certificates)
+def _certified_log(
+    certificates: Path, expected: dict[str, Any]
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """A certification log after its sidecar, which must be of this experiment and model."""
+    protocol, log = read_own_log(certificates)
     for key, value in expected.items():
         if protocol.get(key) != value:
             raise BenchError(
                 f"{certificates.with_suffix('.json')}: {key} is {protocol.get(key)!r}, this run "
                 f"needs {value!r}: certify again or name the right log"
             )
-    return protocol
+    return protocol, log
 
 
 def _attack_on(

@@ -25,6 +25,7 @@ REFUSALS = (429, 503)
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 # Little-endian on the wire, whatever the machine.
 WIRE_TYPES = {"float32": "<f4", "int64": "<i8"}
+NO_CLASS = -1
 BACKOFF = tenacity.wait_random_exponential(multiplier=0.5, max=30)
 
 
@@ -102,21 +103,34 @@ class Question(Settings):
 
 
 class Answer(Settings):
-    """Logits or probabilities `(B, K)`, float32, or classes `(B,)`, int64."""
+    """Logits or probabilities `(B, K)`, float32, or classes `(B,)`, int64, -1 for none.
 
+    `model` is the description's: a server that was started again may have become another one.
+    """
+
+    model: str
     answers: WireArray
 
 
 def show(logits: Tensor, access: Access) -> Tensor:
-    """What a black box shows of logits `(B, K)`: `(B, K)` float32, or classes `(B,)` for top1."""
+    """What a black box shows of logits `(B, K)`: `(B, K)` float32, or classes `(B,)` for top1.
+
+    Where some logit is not finite, the class is -1.
+    """
     if access == "top1":
-        return logits.argmax(1)
+        return torch.where(logits.isfinite().all(1), logits.argmax(1), NO_CLASS)
     return logits.softmax(1) if access == "probabilities" else logits
 
 
 def as_scores(shown: Tensor, access: Access, classes: int) -> Tensor:
-    """Scores `(B, classes)` float32 that vote as the black box does: top1 becomes one-hot."""
-    return F.one_hot(shown, classes).float() if access == "top1" else shown
+    """Scores `(B, classes)` float32 that vote as the black box does: top1 becomes one-hot.
+
+    No class becomes nan, which votes for nobody.
+    """
+    if access != "top1":
+        return shown
+    scores = F.one_hot(shown.clamp_min(0), classes).float()
+    return scores.masked_fill((shown == NO_CLASS)[:, None], torch.nan)
 
 
 class RemoteModel(nn.Module):
@@ -212,13 +226,19 @@ class RemoteModel(nn.Module):
             ["int64", [images]] if top1 else ["float32", [images, described.classes]]
         )
         try:
-            found = Answer.model_validate_json(content).answers
+            answer = Answer.model_validate_json(content)
         except ValidationError as error:
             raise Unanswered(f"not an answer: {error}") from None
+        if answer.model != described.model:
+            raise BenchError(
+                f"{self.settings.url} serves another model than when this run began: start the "
+                "first one again and rerun"
+            )
+        found = answer.answers
         if [found.dtype, found.shape] != wanted:
             raise Unanswered(f"{found.dtype} {found.shape} instead of {wanted}")
         shown = found.tensor()
-        if top1 and not bool(((shown >= 0) & (shown < described.classes)).all()):
+        if top1 and not bool(((shown >= NO_CLASS) & (shown < described.classes)).all()):
             raise Unanswered("a class that does not exist")
         return shown
 

@@ -54,7 +54,7 @@ def create_app(classifier: Classifier, described: Description) -> FastAPI:
             told = " x ".join(map(str, shape))
             raise HTTPException(422, f"the model cannot take images {told}") from error
         taken.add(shape)
-        return Answer(answers=WireArray.of(shown))
+        return Answer(model=described.model, answers=WireArray.of(shown))
 
     return app
 

@@ -44,6 +44,7 @@ def average_radius_interval(log: pd.DataFrame) -> tuple[float, float]:
     """Percentile bootstrap interval of the average certified radius.
 
     It is nan where all images have one radius: drawing from them again says nothing of others.
+    Where few images are certified it is too short: with 5 of 100 it covers 85 %, with 30 92 %.
     """
     radii = log["radius"] * log["correct"]
     if radii.nunique() < 2:

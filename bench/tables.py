@@ -232,6 +232,7 @@ def _summary_row(
     row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
     row["noise_resolution"] = protocol.get("noise_resolution", "native")
     row["native_radius_factor"] = protocol.get("native_radius_factor", 1.0)
+    by_label = protocol.get("candidate") == "label"
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
     acr_low, acr_high = average_radius_interval(log)
@@ -243,7 +244,8 @@ def _summary_row(
         # Of the pilot alone: later draws stop early where the answer is clear.
         "noisy_accuracy": log["n0_label"].sum() / log["n0"].sum() if log["n0"].any() else np.nan,
         "radius_step": experiment.radius_step,
-        "abstention": float((log["predict"] == -1).mean()),
+        # A test of the true class alone does not tell a wrong answer from none.
+        "abstention": np.nan if by_label else float((log["predict"] == -1).mean()),
         "average_certified_radius": average_certified_radius(log),
         "acr_low": acr_low,
         "acr_high": acr_high,

@@ -39,6 +39,7 @@ from bench.remote import (
 )
 from bench.serving import app_of, create_app
 from bench.smoothing import Protocol, certify
+from bench.smoothing.voting import vote
 
 AT_ONCE = tenacity.wait_none()
 
@@ -232,8 +233,8 @@ class Toy(torch.nn.Module):
         return shifted(0.5)(pixels.view(-1, 1, 8, 8))
 
 
-def toy_app(access="logits") -> FastAPI:
-    described = Description(model="toy", access=access, classes=2, channels=1, max_batch=4)
+def toy_app(access="logits", model="toy") -> FastAPI:
+    described = Description(model=model, access=access, classes=2, channels=1, max_batch=4)
     return create_app(Toy(), described)
 
 
@@ -264,7 +265,7 @@ class Faulty:
         await self.reply(send, 200, b'{"answers": ')
 
     async def part(self, scope, receive, send):
-        answer = {"answers": json.loads(WireArray.of(torch.zeros(1, 2)).model_dump_json())}
+        answer = {"model": "toy", "answers": WireArray.of(torch.zeros(1, 2)).model_dump()}
         await self.reply(send, 200, json.dumps(answer).encode())
 
     async def cut(self, scope, receive, send):
@@ -292,6 +293,29 @@ def test_failed_requests_are_repeated_and_counted_where_they_may_have_been_answe
     assert torch.equal(answers, shifted(0.5)(pixels))
     # 4 + 2 images; the first 4 were asked 7 times, one of which was refused.
     assert remote.ledger.spent == 6 * 4 + 2
+
+
+def test_a_server_that_becomes_another_model_ends_the_run():
+    class Restarted(Faulty):
+        """Fails, as it is started again, and is another model from then on."""
+
+        async def broken(self, scope, receive, send):
+            await super().broken(scope, receive, send)
+            self.app = toy_app(model="another")
+
+    with served(Restarted(toy_app(), ["broken"])) as url:
+        remote = RemoteModel(RemoteSettings(url=url), wait=AT_ONCE)
+        with pytest.raises(BenchError, match="serves another model than when this run began"):
+            remote(torch.rand(6, 1, 8, 8))
+
+
+def test_no_number_is_no_class_and_votes_for_nobody():
+    logits = torch.tensor([[1.0, 2.0], [torch.nan, 2.0], [1.0, torch.inf]])
+    shown = show(logits, "top1")
+    assert shown.tolist() == [1, -1, -1]
+    scores = as_scores(shown, "top1", 2)
+    assert scores[0].tolist() == [0.0, 1.0]
+    assert vote(scores, 2).tolist() == [1, 2, 2]
 
 
 def test_a_dead_server_is_one_error_and_no_query():

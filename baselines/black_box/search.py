@@ -27,12 +27,12 @@ CURVE_POINTS = 50
 
 
 def score_loss(scores: Tensor, labels: Tensor, access: Access) -> Tensor:
-    """Cross-entropy of what is shown `(B, K)`; of top1 answers, the share that is wrong."""
+    """Cross-entropy of what is shown `(B, K)`; of top1 answers, the share that is not right."""
     if access == "logits":
         return F.cross_entropy(scores, labels)
     if access == "probabilities":
         return F.nll_loss(scores.clamp(min=1e-12).log(), labels)
-    return 1 - scores.gather(1, labels[:, None]).mean()
+    return 1 - scores.nan_to_num(0.0).gather(1, labels[:, None]).mean()
 
 
 class Prompted(nn.Module):
