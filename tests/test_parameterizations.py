@@ -216,6 +216,44 @@ def test_folder_round_trip_is_bit_equal(case, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        (Lora(kind="lora", r=4, lora_alpha=12), 12 / 4),
+        (RsLora(kind="rslora", r=4, lora_alpha=12), 12 / 2),
+        (ParallelAdapter(kind="parallel_adapter", bottleneck=8, scale=0.3), 0.3),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_what_is_added_is_scaled_as_published(settings, scale):
+    classifier, _, _ = adapted(settings)
+    block = classifier.network.blocks[0]
+    tokens = torch.rand(2, 5, WIDTH)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        if isinstance(settings, ParallelAdapter):
+            nn.init.normal_(block.mlp.side.up.weight)
+            plain, added = block.mlp.main(tokens), block.mlp.side(tokens)
+            found = block.mlp(tokens)
+        else:
+            layer = block.mlp.fc1
+            nn.init.normal_(layer.lora_B["default"].weight)
+            plain, found = layer.base_layer(tokens), layer(tokens)
+            added = layer.lora_B["default"](layer.lora_A["default"](tokens))
+    assert added.abs().max() > 0.1
+    assert torch.allclose(found - plain, scale * added, atol=1e-5)
+
+
+def test_pissa_takes_the_principal_part_out_of_the_base():
+    classifier, _, _ = adapted(Pissa(kind="pissa", r=4))
+    torch.manual_seed(0)
+    base = create_classifier(BACKBONE, CLASSES, 1).network.blocks[0].mlp.fc1.weight
+    layer = classifier.network.blocks[0].mlp.fc1
+    values = torch.linalg.svdvals(base)
+    left = torch.linalg.svdvals(layer.base_layer.weight)
+    assert torch.allclose(left[: len(values) - 4], values[4:], atol=1e-4)
+
+
 @each(PEFT)
 def test_merging_keeps_the_function_and_leaves_a_plain_timm_model(case):
     classifier, merged, _, pixels = trained_and_merged(case.settings)

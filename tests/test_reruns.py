@@ -57,18 +57,19 @@ def numbers(where: Path) -> pd.DataFrame:
 )
 def test_kills_at_random_moments_change_nothing(untouched, done):
     chance = random.Random(20261123)
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
     for _ in range(3):
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
         run = subprocess.Popen(
             command, cwd=untouched, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
-        try:
-            run.wait(timeout=chance.uniform(4, 16))
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-    snakemake(untouched, "--unlock", *SMOKE)
+        # A run that ends by itself before its kill fails the test.
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(timeout=chance.uniform(4, 12))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        # What was killed leaves its lock, at which the next run would end.
+        snakemake(untouched, "--unlock", *SMOKE)
     snakemake(untouched, *SMOKE)
     pd.testing.assert_frame_equal(numbers(untouched), numbers(done))
 
@@ -112,10 +113,12 @@ def test_a_second_run_in_one_folder_is_refused(done):
     command = [sys.executable, "-m", "snakemake", "--cores", "1", "--forcerun", "tables"]
     first = subprocess.Popen(
         [*command, "--until", "tables", *SMOKE], cwd=done, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     said = "".join(itertools.takewhile(lambda line: "rule tables:" not in line, first.stderr))
+    os.killpg(first.pid, signal.SIGSTOP)  # so that it cannot end before the second has come
     second = snakemake(done, "--forcerun", "tables", *SMOKE, ok=False)
+    os.killpg(first.pid, signal.SIGCONT)
     assert "cannot be locked" in second or "Unable to lock" in second
     said += first.communicate()[1]
     assert first.returncode == 0, said
