@@ -1,7 +1,9 @@
 """The committed reference: what README shows is what the tables hold."""
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -42,3 +44,92 @@ def test_the_reference_holds_every_point_of_a_clean_run(name):
     assert points == list(experiment.points())
     assert not summary["git_dirty"].any()
     assert summary["git_revision"].nunique() == 1
+
+
+def readme_table(corner):
+    """The table of README with this text in its corner: the cells of each row by its first."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith(f"| {corner} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return {first: rest for first, *rest in [cells[0], *cells[2:]]}
+
+
+def at(table, sigma, radius, **where):
+    """The one row of a table at a sigma and radius."""
+    chosen = np.isclose(table["sigma"], sigma) & np.isclose(table["radius"], radius)
+    for column, value in where.items():
+        chosen &= table[column] == value
+    [row] = table[chosen].to_dict("records")
+    return row
+
+
+def percent(share):
+    """In per cent, to one digit; halves go up."""
+    return f"{np.floor(1000 * share + 0.5 + 1e-9) / 10:.1f}"
+
+
+def numbers_in(cells):
+    """The numbers of column heads such as `σ = 0.5` or `r = 1`."""
+    return [float(cell.partition("=")[2]) for cell in cells]
+
+
+def test_the_readmes_objectives_are_those_of_the_tables():
+    curves = pd.read_csv(folder("objectives") / "certified_accuracy.csv")
+    pairs = pd.read_csv(folder("objectives") / "paired.csv")
+    cost = pd.read_csv(folder("objectives") / "cost.csv").set_index(["method", "sigma"])
+    flops = cost["training_flops"] / cost["training_flops"]["cross_entropy"].iloc[0]
+    methods = dict(zip(curves["label"], curves["method"], strict=True))
+    (*sigmas, _), *rows = (table := readme_table("objective")).values()
+    assert table.keys() - {"objective"} == methods.keys()
+    for label, (*cells, units) in zip(list(table)[1:], rows, strict=True):
+        for sigma, cell in zip(numbers_in(sigmas), cells, strict=True):
+            text = f"{100 * at(curves, sigma, sigma, label=label)['value']:.0f}"
+            if methods[label] != "cross_entropy":
+                pair = at(pairs, sigma, sigma, method_a="cross_entropy", method_b=methods[label])
+                ends = (-100 * pair[key] for key in ("difference", "high", "low"))
+                text += ", {:+.0f} [{:+.0f}, {:+.0f}]".format(*ends)
+            assert cell == text, label
+        assert int(units) == pytest.approx(flops[methods[label]].iloc[0], abs=0.5)
+
+
+def test_the_readmes_denoisers_are_those_of_the_tables():
+    curves = pd.read_csv(folder("denoisers") / "certified_accuracy.csv")
+    fronts = ("none", "mse", "stability", "diffusion")
+    rows = list(readme_table("in front").values())[1:]
+    for front, cells in zip(fronts, rows, strict=True):
+        for kind, cell in zip(("frozen", "lora"), cells, strict=True):
+            values = [at(curves, s, s, method=f"{front}_{kind}")["value"] for s in (0.25, 0.5, 1)]
+            assert cell == " / ".join(f"{100 * value:.0f}" for value in values)
+
+
+@pytest.mark.parametrize(
+    ("name", "corner"),
+    [("fashion_mnist", "σ"), ("fashion_mnist_regularised", "σ = 0.5, measured / reported")],
+)
+def test_the_readmes_reproductions_are_those_of_the_tables(name, corner):
+    found = pd.read_csv(folder(name) / "published.csv")
+    (heads, *rows), shown = (table := readme_table(corner)).values(), 0
+    for first, cells in zip(list(table)[1:], rows, strict=True):
+        where = {"method": first} if "regularised" in name else {}
+        for radius, cell in zip(numbers_in(heads), cells, strict=True):
+            if cell != "–":
+                row = at(found, 0.5 if where else float(first), radius, **where)
+                assert cell == f"{percent(row['value'])} / {percent(row['reported'])}"
+                shown += 1
+    assert shown > 15
+
+
+def test_the_readmes_reduced_runs_are_those_of_the_tables():
+    curves, cost = (
+        pd.read_csv(folder("fashion_mnist_reduced") / f"{name}.csv").assign(
+            label=lambda rows: rows["label"].str.replace(r" \(1 epoch.*\)", "", regex=True)
+        )
+        for name in ("certified_accuracy", "cost")
+    )
+    (heads, *rows) = (table := readme_table("σ = 0.5, 1 epoch")).values()
+    assert set(list(table)[1:]) == set(curves["label"])
+    for label, (*cells, seconds) in zip(list(table)[1:], rows, strict=True):
+        for radius, cell in zip(numbers_in(heads[:-1]), cells, strict=True):
+            assert cell == percent(at(curves, 0.5, radius, label=label)["value"])
+        assert seconds == f"{cost.set_index('label')['training_seconds'][label]:.0f}"
