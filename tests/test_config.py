@@ -2,13 +2,28 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from bench.config import json_schema, load_experiment, parse_experiment, sigma_text
+from bench.config import (
+    AttackSettings,
+    BackboneSettings,
+    CertificationSettings,
+    DataSettings,
+    Experiment,
+    FigureSettings,
+    Method,
+    TrainingSettings,
+    TuningSettings,
+    json_schema,
+    load_experiment,
+    parse_experiment,
+    sigma_text,
+)
 from bench.errors import BenchError
 from bench.files import read_yaml
 
@@ -212,3 +227,34 @@ def test_a_micro_batch_changes_fingerprints_and_its_absence_none(smoke_values):
     assert split.training_fingerprint(*where) != experiment.training_fingerprint(*where)
     assert split.method_training("lora").micro_batch_size == 32
     assert split.base_fingerprint == experiment.base_fingerprint
+
+
+def documented_keys():
+    """The keys that config/README.md has a row for; `a.b`, `c` stands for a.b and a.c."""
+    found = set()
+    for line in (ROOT / "config/README.md").read_text().splitlines():
+        keys = re.findall(r"`([\w.]+)`", line.split("|")[1]) if line.startswith("| `") else []
+        for key in keys:
+            prefix = keys[0].rpartition(".")[0]
+            found.add(key if "." in key or not prefix else f"{prefix}.{key}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model"),
+    [
+        ("", Experiment),
+        ("data", DataSettings),
+        ("backbone", BackboneSettings),
+        ("training", TrainingSettings),
+        ("certification", CertificationSettings),
+        ("tuning", TuningSettings),
+        ("attack", AttackSettings),
+        ("figures", FigureSettings),
+        ("methods.NAME", Method),
+    ],
+)
+def test_every_key_is_documented(prefix, model):
+    sections = {"data", "backbone", "training", "certification", "tuning", "figures", "methods"}
+    wanted = {f"{prefix}.{name}".strip(".") for name in model.model_fields} - sections
+    assert wanted <= documented_keys() | {"surrogates"}

@@ -18,6 +18,8 @@ from bench.provenance import tensors_sha256
 from bench.standalone import certify_anything
 
 pytestmark = pytest.mark.workflow
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted({path.stem for path in ROOT.glob("config/*.yaml")} - {"claims"})
 
 
 def planned(where: Path, *arguments: str) -> set[str]:
@@ -46,6 +48,21 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
     assert not pickles
+
+
+@pytest.mark.parametrize("target", ["accounting", "calibration", "claims", "tune"])
+def test_targets_beside_all_are_planned(done, target):
+    assert f"\n{target} " in snakemake(done, "-n", *SMOKE, "--", target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_experiment_is_planned(name, tmp_path):
+    command = ["-n", "--snakefile", str(ROOT / "Snakefile")]
+    command += ["--configfile", str(ROOT / f"config/{name}.yaml")]
+    said = snakemake(tmp_path, *command)
+    for rule in ("fetch", "certify", "tables", "figures"):
+        assert f"\n{rule}" in said
 
 
 def test_a_second_run_has_nothing_to_do(done):
