@@ -1,4 +1,8 @@
-"""Do two result folders agree within their intervals?"""
+"""Do two result folders agree within their intervals?
+
+The two are taken as independent. Runs on the same images and noise differ by less than that, so
+that between them a small loss passes.
+"""
 
 from pathlib import Path
 

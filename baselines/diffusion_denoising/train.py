@@ -14,7 +14,7 @@ from baselines.diffusion_denoising.denoiser import ddpm_scheduler, unet_config
 from baselines.diffusion_denoising.settings import DiffusionSettings
 from bench.cost import training_flops
 from bench.errors import BenchError
-from bench.files import atomic_write, sha256_file, write_json
+from bench.files import atomic_write, sha256_file, share, write_json
 from bench.training import BatchLoss, TrainingRecord, fit
 from bench.training_state import discard_state
 
@@ -133,6 +133,7 @@ def train_unet(job: BaselineJob) -> None:
         with atomic_write(job.output / "loss.txt") as temporary:
             temporary.write_text("".join(f"{step} {value}\n" for step, value in record.loss_curve))
     unet.save_pretrained(job.output)
+    share(job.output / WEIGHTS)
     scheduler.save_pretrained(job.output)
     named = {
         "fingerprint": job.identity.fingerprint,
