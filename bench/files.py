@@ -59,8 +59,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def share(path: Path) -> None:
-    """Let all read `path` who may read its folder; safetensors writes for the owner alone."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    """Give `path` the mode of any other file; safetensors writes for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextmanager

@@ -214,7 +214,7 @@ def test_folder_round_trip_is_bit_equal(case, tmp_path):
     with torch.no_grad():
         assert torch.equal(load_classifier(tmp_path)(pixels), merged(pixels))
     assert not [p for p in tmp_path.iterdir() if p.suffix in (".pt", ".pth", ".pkl", ".bin")]
-    # safetensors writes for the owner alone; who may read one file of the folder may read all.
+    # safetensors writes for the owner alone; who may read one file may read all.
     assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
 
 
