@@ -21,6 +21,7 @@ from bench.errors import BenchError
 from bench.files import atomic_write, read_yaml
 from bench.paired import paired_difference_interval
 from bench.settings import Settings
+from bench.smoothing.bounds import radius_cap
 from bench.statistics import (
     CONFIDENCE,
     accuracy_interval,
@@ -44,6 +45,7 @@ seventh (CIFAR-10) of a rival's. `claims.csv` has the evidence and the source of
 """
 # Of weights that others trained.
 UNKNOWN = "cost unknown"
+BEYOND = "beyond the cap of n draws"
 Group = Annotated[list[Name], Field(min_length=1)]
 Cost = Literal[
     "trainable_without_head",
@@ -108,6 +110,10 @@ class Rule(Settings):
         """Whether no method at all could satisfy it, given what it is set against."""
         return False
 
+    def beyond_the_cap(self, reading: Reading, tables: list[Path]) -> bool:
+        """Whether too few draws were taken to certify any image there, however robust."""
+        return False
+
 
 class AtLeastRule(Rule):
     """Satisfied from `value` on."""
@@ -134,6 +140,17 @@ class CurveRule(Rule):
     def tables(self, reading: Reading) -> list[str]:
         """The curves, which `paired.csv` lies beside."""
         return [f"{reading.experiment}/tables/{CURVES}"]
+
+    def beyond_the_cap(self, reading: Reading, tables: list[Path]) -> bool:
+        """Whether n equal votes certify less than the radius, by `summary.csv`."""
+        path = tables[0].with_name("summary.csv")
+        if not path.exists():
+            return False
+        runs = _rows(_read(path), path, sigma=reading.sigma)
+        caps = [
+            radius_cap(int(n), alpha, reading.sigma) for n, alpha in runs[["n", "alpha"]].values
+        ]
+        return reading.radius > max(caps) + ROUNDING
 
 
 class AtLeast(AtLeastRule, CurveRule):
@@ -342,6 +359,8 @@ def _judged(name: str, claim: Claim, reading: Reading, results: list[Path]) -> d
     ran = [table for table in tables if table is not None]
     if len(ran) < len(tables):
         return row | {"verdict": "undecided", "reason": "not run", **nothing, **about}
+    if claim.rule.beyond_the_cap(reading, ran):
+        return row | {"verdict": "undecided", "reason": BEYOND, **nothing, **about}
     estimate = claim.rule.estimate(reading, ran)
     if np.isnan(estimate.effect):
         return row | {"verdict": "undecided", "reason": UNKNOWN, **nothing, **about}
@@ -500,8 +519,8 @@ def _line(row: pd.Series) -> str:
         needed = f"{row['lowest']:g} to {row['highest']:g}"
     if row["reason"] == "out of reach":
         needed += " (out of reach)"
-    if row["reason"] == UNKNOWN:
-        return f"| {row['text']} | {where} | {needed} | {UNKNOWN} | |"
+    if row["reason"] in (UNKNOWN, BEYOND):
+        return f"| {row['text']} | {where} | {needed} | {row['reason']} | |"
     interval = "exact"
     if pd.notna(row["low"]):
         interval = f"{row['low']:.3f} to {row['high']:.3f} ({row['interval_kind']})"

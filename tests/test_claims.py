@@ -12,6 +12,7 @@ from bench.claims import VERDICTS, build_claims, load_claims, render, verdict_of
 from bench.config import load_experiment
 from bench.errors import BenchError
 from bench.paired import paired_difference_interval
+from bench.smoothing.bounds import radius_cap
 from bench.statistics import accuracy_interval, pool_seeds
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,19 @@ def test_a_level_follows_its_table(tables, value, verdict):
     assert (row["verdict"], row["effect"]) == (verdict, value)
     assert (row["low"], row["high"]) == pytest.approx((low, high))
     assert row["interval_kind"] == "Clopper-Pearson; images of one seed"
+
+
+@pytest.mark.parametrize(("n", "verdict"), [(10, "undecided"), (1000, "supported")])
+def test_radii_that_no_number_of_equal_votes_certifies_decide_nothing(tables, n, verdict):
+    """Nobody certifies anything there, which is no equality."""
+    assert radius_cap(10, 0.001, 0.5) < 0.25 < radius_cap(1000, 0.001, 0.5)
+    write_curves(tables, {"lora": 0.0, "cnn": 0.0})
+    write_pairs(tables, ("cnn", "lora", 0, 0))
+    summary = pd.DataFrame({"sigma": [0.5], "n": [n], "alpha": [0.001]})
+    summary.to_csv(tables / "summary.csv", index=False)
+    row = judge(tables, EQUAL)
+    assert row["verdict"] == verdict
+    assert (row["reason"] == "beyond the cap of n draws") == (n == 10)
 
 
 @pytest.mark.parametrize(
