@@ -291,7 +291,8 @@ def _code_hash(classifier: Classifier) -> str:
     stages = (root / f"{name}.py" for name in ("data", "model_folder", "resolution"))
     files = {*root.glob("smoothing/*.py"), *stages, Path(__file__)}
     kinds = {kind for module in classifier.modules() for kind in type(module).__mro__}
-    for source in (Path(inspect.getfile(kind)) for kind in kinds - {object}):
+    written = (kind for kind in kinds if kind.__module__ != "builtins")
+    for source in map(Path, map(inspect.getfile, written)):
         # Not the checkout: it may hold the environment as well.
         if any(source.is_relative_to(place) for place in (root, root.parent / "baselines")):
             files.add(source)

@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import Attention
 from torch._dynamo.utils import counters
 
 from baselines.denoised_smoothing.dncnn import DnCNN
-from bench.backbones import compile_for_inference, create_classifier
+from bench.backbones import Classifier, compile_for_inference, create_classifier
+from bench.certification import _code_hash
 from bench.config import BackboneSettings, RemoteSettings, TrainingSettings
 from bench.cost import count_flops, inference_flops, training_flops
 from bench.errors import BenchError
@@ -296,3 +297,17 @@ def test_models_of_the_same_weights_that_use_them_otherwise_are_told_apart():
         for url, model in (("http://a", "m"), ("http://b", "m"), ("http://a", "n"))
     ]
     assert served[0] == served[1] != served[2]
+
+
+def test_votes_are_kept_by_the_code_that_a_network_inherits_too(monkeypatch):
+    class Derived(Classifier):
+        """As the classifier that is served."""
+
+    seen = []
+    monkeypatch.setattr(
+        "bench.certification.sha256_file", lambda path: seen.append(path.name) or "hash"
+    )
+    layers = torch.nn.ModuleDict({"a": torch.nn.Identity()})
+    _code_hash(Derived(layers, (0.0,), (1.0,)))
+    assert {"backbones.py", "certification.py", "engine.py"} <= set(seen)
+    assert not {"container.py", "test_models.py"} & set(seen)
