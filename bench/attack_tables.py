@@ -38,8 +38,8 @@ def build_attack_tables(experiment: Experiment, logs: list[Path], folder: Path) 
 
 def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     sidecar = read_json(path.with_suffix(".json"))
-    if sidecar.get("log_sha256") != sha256_file(path):
-        raise BenchError(f"{path} is not what its .json was written for: attack again")
+    if not path.exists() or sidecar.get("log_sha256") != sha256_file(path):
+        raise BenchError(f"{path} is missing or not what its .json was written for: attack again")
     return sidecar, pd.read_csv(path, sep="\t")
 
 

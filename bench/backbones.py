@@ -231,7 +231,7 @@ def create_classifier(settings: BackboneSettings, classes: int, channels: int) -
 
 
 def classes_answered(classifier: Classifier, image: Tensor, given: str) -> int:
-    """Number of classes that `classifier` answers on `image` `(1, C, H, W)`.
+    """Number of classes that `classifier` answers on `image` `(B, C, H, W)`.
 
     Raises:
         BenchError: it cannot take such images; `given` names what decides on them.

@@ -329,7 +329,7 @@ def _any_known(values: list[bool | None]) -> bool | None:
     return True if True in values else None if None in values else False
 
 
-# What may differ from shard to shard; all values are told.
+# Where shards differ in these, all values are told.
 EACH = ("git_revision", "machine")
 
 
@@ -365,7 +365,7 @@ def gather(shards: list[Path], output: Path) -> None:
         "n_images": len(whole),
         "images_sha256": found,
         "log_sha256": sha256_file(output),
-        **{key: ", ".join(dict.fromkeys(s[key] for s in sidecars)) for key in EACH},
+        **{key: "; ".join(dict.fromkeys(s[key] for s in sidecars)) for key in EACH},
         "git_dirty": _any_known([sidecar["git_dirty"] for sidecar in sidecars]),
         "shards": len(shards),
     }

@@ -40,8 +40,9 @@ counts and stands beside the number. `paper`: the experiment of the
 paper; `transferred`: a like claim on another, no verdict on the paper's numbers. Every reading is
 judged by itself at 95 %, uncorrected for their number; an interval over the images of one seed
 leaves the randomness of training out. Out of reach: the rival is so good that no classifier could
-be as far above it. With noise at 224 pixels radii are compared as printed: one of PEFT is a
-seventh (CIFAR-10) of a rival's. `claims.csv` has the evidence and the source of each.
+be as far above it. Beyond the cap: not even n equal votes certify that far. With noise at 224
+pixels radii are compared as printed: one of PEFT is a seventh (CIFAR-10) of a rival's.
+`claims.csv` has the evidence and the source of each.
 """
 # Of weights that others trained.
 UNKNOWN = "cost unknown"
@@ -142,10 +143,11 @@ class CurveRule(Rule):
         return [f"{reading.experiment}/tables/{CURVES}"]
 
     def beyond_the_cap(self, reading: Reading, tables: list[Path]) -> bool:
-        """Whether n equal votes certify less than the radius, by `summary.csv`."""
+        """Whether n equal votes certify less than the radius, by `summary.csv`.
+
+        Where images share alpha even less is certified than this cap.
+        """
         path = tables[0].with_name("summary.csv")
-        if not path.exists():
-            return False
         runs = _rows(_read(path), path, sigma=reading.sigma)
         caps = [
             radius_cap(int(n), alpha, reading.sigma) for n, alpha in runs[["n", "alpha"]].values

@@ -231,10 +231,12 @@ def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> 
 
 def _base_and_smoothed(experiment: Experiment, summary: pd.DataFrame, look: Look) -> Figure:
     """What smoothing answers, as bars, behind what the base classifier gets right."""
+    # A test of the true class alone does not tell the two apart.
+    rest = "wrong or abstains" if summary["abstention"].isna().any() else "wrong"
     legend = [
         Patch(facecolor="0.4", label="smoothed: right"),
         Patch(facecolor="0.9", label="smoothed: abstains"),
-        Patch(facecolor="none", edgecolor="0.8", label="smoothed: wrong"),
+        Patch(facecolor="none", edgecolor="0.8", label=f"smoothed: {rest}"),
         Line2D([], [], color="k", marker="D", ls="none", fillstyle="none", label="base, clean"),
         Line2D([], [], color="k", marker="|", ls="none", ms=12, mew=2, label="base, noisy"),
     ]

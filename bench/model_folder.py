@@ -66,7 +66,8 @@ class ClassifierSpec(Settings):
 
         Of a served model its identity, wherever it is served.
         """
-        described = self.model_dump(mode="json")
+        # As written: a key that a later version adds says nothing about this model.
+        described = self.model_dump(mode="json", exclude_unset=True)
         if isinstance(self.backbone, RemoteSettings):
             described["backbone"] = self.backbone.model
         return sha256_json(described)

@@ -34,8 +34,8 @@ def paired_difference_interval(
     (low_a, high_a), (low_b, high_b) = (
         accuracy_interval(cell, n, confidence) for cell in (only_a, only_b)
     )
-    concordant = np.maximum((1 - a) * (1 - b), np.finfo(float).tiny)
-    shared = 2 * np.sqrt(a * b / concordant)
+    others = np.maximum((1 - a) * (1 - b), np.finfo(float).tiny)
+    shared = 2 * np.sqrt(a * b / others)
 
     def joined(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(np.sqrt(first**2 + second**2 + shared * first * second))

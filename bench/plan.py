@@ -208,6 +208,7 @@ def _plan_product(planner: Planner, name: str) -> Planned:
     """A point of the product, as the rule `train` makes it."""
     point, seeds = planner.experiment.methods[name], len(planner.experiment.seeds)
     certified = _certified(planner, point)
+    planner.answer(certified, planner.shape_of(point), 1)  # says so where images do not fit
     disk = parameter_bytes(certified)
     flops, memory = 0.0, float(disk)
     if point.trains:

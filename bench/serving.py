@@ -74,7 +74,7 @@ def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
     precision = pick_precision(precision, device)
     classifier = load_classifier(folder).for_inference(precision).to(device)
     # All that the answers' bits depend on.
-    model = sha256_json([spec.model_dump(), precision, torch.__version__, machine(device)])
+    model = sha256_json([spec.model_dump(), access, precision, torch.__version__, machine(device)])
     described = Description(
         model=model,
         access=access,

@@ -63,14 +63,14 @@ def certify_anything(
     """
     check_positive(sigma=sigma, step=step)
     settings = _settings(changes, images)
-    classifier, size, weights = _classifier(model)
+    classifier, size, identity = _classifier(model)
     test, classes, name, digest = _test_images(data, image_size, size)
     test = _noised_images(model, test)
     _check_outputs(classifier, test, model, data, classes)
     wanted = spread(len(test.labels), settings.test_images)
     protocol = protocol_of(settings, name, sigma, 0, step, len(wanted))
     names: dict[str, Any] = {"model": model, "sigma": sigma, "seed": 0}
-    task = Task(classifier, weights, test, classes, digest, wanted, protocol, settings, names)
+    task = Task(classifier, identity, test, classes, digest, wanted, protocol, settings, names)
     log = run_task(task, output)
     return certified_accuracy(log, protocol.radii)
 
@@ -88,7 +88,7 @@ def _settings(changes: dict[str, str], images: int) -> CertificationSettings:
 
 
 def _classifier(model: str) -> tuple[Classifier, int | None, str]:
-    """The classifier, the image size it takes (None: the data's own), and its weights' hash."""
+    """The classifier, the image size it takes (None: the data's own), and a hash of the model."""
     if model.startswith(HTTP):
         served = RemoteModel(RemoteSettings(url=model))
         return RemoteClassifier(served).eval(), None, served.description.model

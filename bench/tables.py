@@ -232,7 +232,7 @@ def _summary_row(
     row |= {key: protocol[key] for key in ("mode", "n0", "n", "alpha", "precision")}
     row["noise_resolution"] = protocol.get("noise_resolution", "native")
     row["native_radius_factor"] = protocol.get("native_radius_factor", 1.0)
-    by_label = protocol.get("candidate") == "label"
+    by_label = protocol.get("candidate") == "label" and protocol["mode"] != "predict"
     clean = int((log["clean_predict"] == log["label"]).sum())
     smoothed = int(log["correct"].sum())
     acr_low, acr_high = average_radius_interval(log)

@@ -337,7 +337,7 @@ def test_a_missing_or_foreign_log_is_named(world, tmp_path):
         build_attack_tables(experiment, logs[1:], Path("nowhere"))
     # Cut at the end of a line, where no image is missing but what became of one's certificate.
     logs[0].write_text("".join(logs[0].read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(BenchError, match=r"undefended\.tsv is not what its \.json was written for"):
+    with pytest.raises(BenchError, match=r"undefended\.tsv is missing or not what its"):
         build_attack_tables(experiment, logs, Path("nowhere"))
 
 

@@ -397,6 +397,14 @@ def certificates(folder, job: BaselineJob) -> list[tuple[int, float, int]]:
     return sorted((c.idx, c.predict, c.n_a) for c in found)
 
 
+def test_a_server_that_shows_something_else_is_another_model(job):
+    identities = set()
+    for access in ("logits", "probabilities", "top1"):
+        with served(app_of(job.base_folder, access, "float32")) as url:
+            identities.add(RemoteModel(RemoteSettings(url=url), wait=AT_ONCE).description.model)
+    assert len(identities) == 3
+
+
 def test_training_against_a_server_is_training_against_the_folder(job):
     train_black_box(job)
     with served(app_of(job.base_folder, "logits", "auto")) as url:

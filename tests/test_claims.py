@@ -43,6 +43,8 @@ def write_curves(folder: Path, values: dict[str, float | list[float]]) -> None:
                 rows.append({**point, "value": share, "n_images": IMAGES})
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "certified_accuracy.csv", index=False)
+    summary = pd.DataFrame({"sigma": [0.5], "n": [1000], "alpha": [0.001]})
+    summary.to_csv(folder / "summary.csv", index=False)
 
 
 def write_pairs(folder: Path, *pairs: tuple[str, str, int, int]) -> None:

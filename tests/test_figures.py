@@ -96,6 +96,18 @@ def test_every_figure_is_drawn_twice_and_closed(drawn: Path) -> None:
         assert pixels[..., :3].std() > 0.05
 
 
+def test_what_no_abstention_is_known_of_is_not_called_wrong(
+    tables: Path, experiment: Experiment
+) -> None:
+    summary = pd.read_csv(tables / "summary.csv")
+    look = Look(pd.read_csv(tables / "certified_accuracy.csv"))
+    for known, rest in ((True, "smoothed: wrong"), (False, "smoothed: wrong or abstains")):
+        shown = summary if known else summary.assign(abstention=np.nan)
+        figure = _base_and_smoothed(experiment, shown, look)
+        assert rest in {text.get_text() for text in figure.legends[0].get_texts()}
+        plt.close(figure)
+
+
 def test_a_method_has_one_colour_of_its_own(tables: Path, experiment: Experiment) -> None:
     look = Look(pd.read_csv(tables / "certified_accuracy.csv"))
     assert list(look.colour) == list(experiment.methods)

@@ -322,6 +322,10 @@ def test_a_backbone_for_images_of_another_size_is_told(smoke_values):
         plan(experiment, RATE)
     with pytest.raises(BenchError, match=message):
         rates.measured_rate(experiment)
+    scratch = {n: m for n, m in smoke_values["methods"].items() if n == "gaussian_retraining"}
+    values = {**smoke_values, "backbone": larger, "methods": scratch}
+    with pytest.raises(BenchError, match=message):
+        plan(parse_experiment(values, "x"), RATE)
 
 
 def test_rates_say_where_they_come_from(smoke, tmp_path):

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from bench.config import Experiment
 from bench.errors import BenchError
-from bench.smoothing.log import write_log
+from bench.smoothing.log import read_own_log, write_log
 from bench.statistics import pool_seeds
-from bench.tables import COSTS, build_tables, leaderboard_radii, pooled
+from bench.tables import COSTS, _summary_row, build_tables, leaderboard_radii, pooled
 
 SIGMAS = [0.25, 0.5]
 METHODS = ["undefended", "lora"]
@@ -126,6 +127,20 @@ def test_envelope_takes_the_best_sigma_at_each_radius(tables: Path) -> None:
     lora = frame[frame["method"] == "lora"].set_index("radius")
     assert lora["value"].to_dict() == {0.0: 0.5, 0.25: 0.5, 0.5: 0.25, 0.75: 0.25, 1.0: 0.25}
     assert lora.loc[[0.25, 1.0], "sigma"].tolist() == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("asked", "known"),
+    [
+        ({"candidate": "pilot"}, True),
+        ({"candidate": "label"}, False),
+        ({"candidate": "label", "mode": "predict"}, True),
+    ],
+)
+def test_a_test_of_the_true_class_alone_knows_no_abstentions(smoke, tmp_path, asked, known):
+    log, _ = write_point(tmp_path, "lora", 0.5, [0.4], **asked)
+    row = _summary_row(smoke, *read_own_log(log))
+    assert row["abstention"] == pytest.approx(1 / 3 if known else np.nan, nan_ok=True)
 
 
 def test_summary_numbers(tables: Path) -> None:

@@ -268,10 +268,12 @@ def test_shards_gather_to_the_unsharded_log(done, tmp_path):
     assert "same image" in twice.stderr
     sidecar = logs[1].with_suffix(".json")
     # A commit between two shards changes neither code nor versions.
-    write_json(sidecar, {**read_json(sidecar), "git_revision": "another", "git_dirty": True})
+    other = {"git_revision": "another", "git_dirty": True, "machine": "another"}
+    write_json(sidecar, {**read_json(sidecar), **other})
     assert bench(done, "gather", "--output", str(whole), *shards).returncode == 0
     merged = read_json(whole.with_suffix(".json"))
-    assert merged["git_revision"].endswith(", another")
+    assert merged["git_revision"].endswith("; another")
+    assert merged["machine"].endswith("; another")
     assert merged["git_dirty"]
     write_json(sidecar, {**read_json(sidecar), "alpha": 0.5})
     foreign = bench(done, "gather", "--output", str(whole), *shards)
@@ -341,6 +343,8 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for number in range(3):
             Image.new("RGB", (40, 30), (shade,) * 3).save(tmp_path / name / f"{number}.png")
+    # Before it is certified: that may cast it to bfloat16.
+    weights = tensors_sha256({f"network.{k}": v for k, v in network.state_dict().items()})
     changes = {"n": "64", "horizon": "64", "batch_size": "64"}
     asked = ("timm:tiny", str(tmp_path), 0.25, 6, 0.125, {}, tmp_path / "log.tsv")
     with pytest.raises(BenchError, match="cannot take images 3 x 56 x 56"):
@@ -358,7 +362,6 @@ def test_pretrained_timm_models_certify_on_image_folders(tmp_path, monkeypatch):
     )
     assert table["n_images"].tolist() == [6] * len(table)
     assert all(given["pretrained"] and given["num_classes"] == 2 for given in built)
-    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
-    assert read_json(tmp_path / "log.json")["model_sha256"] == tensors_sha256(weights)
+    assert read_json(tmp_path / "log.json")["model_sha256"] == weights
     log = pd.read_csv(tmp_path / "log.tsv", sep="\t")
     assert log["label"].tolist() == [0, 0, 0, 1, 1, 1]

@@ -71,7 +71,7 @@ class Journal:
         with atomic_write(aside) as temporary:
             temporary.write_bytes(content)
         log.warning(
-            "%s holds votes drawn under other settings, weights, data, code, versions, machine or "
+            "%s holds votes drawn under other settings, model, data, code, versions, machine or "
             "number of threads: they are put aside as %s and do not count here",
             self.path,
             aside.name,
