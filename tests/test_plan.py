@@ -151,6 +151,7 @@ def shipped_makes() -> dict[str, Experiment]:
     return {name: unseen(shallow(experiment), seen) for name, experiment in every.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_make_of_the_shipped_experiments_has_a_bill(name):
     experiment = shipped_makes()[name]

@@ -50,6 +50,7 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     assert not pickles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["accounting", "calibration", "claims", "tune"])
 def test_targets_beside_all_are_planned(done, target):
     assert f"\n{target} " in snakemake(done, "-n", *SMOKE, "--", target)
