@@ -28,6 +28,7 @@ from bench.errors import BenchError
 from bench.jobs import base_flops, check_fingerprint, load_base, route_cost, state_of
 from bench.model_folder import Identity, identity_of, read_spec
 from bench.provenance import pick_device
+from bench.replicas import in_processes
 from bench.training_state import TrainingState
 
 
@@ -111,8 +112,14 @@ class BaselineJob:
         return whole | {"base_training_flops": None if None in parts else sum(parts)}
 
 
-def run_baseline(train: Callable[[BaselineJob], None]) -> None:
-    """Parse the arguments, which are those of `bench train`, and run `train(job)`."""
+def run_baseline(train: Callable[[BaselineJob], None], spread: bool = False) -> None:
+    """Parse the arguments, which are those of `bench train`, and run `train(job)`.
+
+    Args:
+        train: makes the model folder.
+        spread: whether it runs in the method's `training.processes` processes at once, which it
+            may where `bench.training.fit` trains.
+    """
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
@@ -132,12 +139,13 @@ def run_baseline(train: Callable[[BaselineJob], None]) -> None:
         settings = experiment_with(experiment, method)
         sigma = settings.training_sigma(method, sigma)
         check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-        torch.manual_seed(seed)
-        data = load_data(settings.data)
-        device = pick_device(settings.gpus_per_job)
-        job = BaselineJob(
-            settings, method, sigma, seed, output, base, data, device, denoiser, surrogate or []
-        )
-        train(job)
+
+        def work() -> None:
+            torch.manual_seed(seed)
+            data, device = load_data(settings.data), pick_device(settings.gpus_per_job)
+            named = (settings, method, sigma, seed, output, base, data, device, denoiser)
+            train(BaselineJob(*named, surrogate or []))
+
+        in_processes(settings.training_processes(method) if spread else 1, work)
 
     run_guarded(app)

@@ -95,11 +95,13 @@ def pretrain(
     expect: Expect = None,
 ) -> None:
     """Train the base classifier on clean images."""
-    from bench import jobs
+    from bench import jobs, replicas
 
     settings = load_experiment(experiment)
     jobs.check_fingerprint(jobs.base_identity(settings, surrogate).fingerprint, expect)
-    jobs.pretrain(settings, output, surrogate)
+    replicas.in_processes(
+        settings.pretraining_processes, lambda: jobs.pretrain(settings, output, surrogate)
+    )
 
 
 @app.command()
@@ -114,7 +116,7 @@ def train(
     expect: Expect = None,
 ) -> None:
     """Train one method at one sigma."""
-    from bench import jobs
+    from bench import jobs, replicas
 
     settings = experiment_with(experiment, method)
     own = settings.point(method).baseline
@@ -122,7 +124,10 @@ def train(
         raise BenchError(f"methods.{method} is trained by `python -m baselines.{own}.train`")
     settings.refuse_keys(method, "settings", "surrogates")
     jobs.check_fingerprint(settings.training_fingerprint(method, sigma, seed), expect)
-    jobs.train(settings, method, sigma, seed, base, output, denoiser)
+    replicas.in_processes(
+        settings.training_processes(method),
+        lambda: jobs.train(settings, method, sigma, seed, base, output, denoiser),
+    )
 
 
 @app.command()

@@ -140,6 +140,7 @@ class TrainingSettings(Settings):
     """Budget and optimizer; `images` counts the training images seen, however noisy each.
 
     `micro_batch_size` images of a batch pass at once; their gradients add up to the batch's.
+    `processes` share each batch, on a GPU each where there are GPUs, and average their gradients.
     `augmentation: crop_and_flip` shifts and mirrors each image at random, as published trainings
     on CIFAR-10 and ImageNet do.
     """
@@ -147,6 +148,7 @@ class TrainingSettings(Settings):
     images: PositiveInt
     batch_size: PositiveInt = 128
     micro_batch_size: PositiveInt | None = None
+    processes: PositiveInt = 1
     optimizer: Annotated[AdamW | Sgd, Field(discriminator="kind")] = AdamW()
     schedule: Annotated[Cosine | Step, Field(discriminator="kind")] = Cosine()
     weight_decay: float = Field(default=0.05, ge=0)
@@ -160,9 +162,19 @@ class TrainingSettings(Settings):
         return max(1, self.images // self.batch_size)
 
     @property
+    def process_batch_size(self) -> int:
+        """Images of a batch that one process takes."""
+        return self.batch_size // self.processes
+
+    @property
     def pass_size(self) -> int:
-        """Images of one forward and backward pass."""
-        return self.micro_batch_size or self.batch_size
+        """Most images of one forward and backward pass."""
+        return min(self.micro_batch_size or self.batch_size, self.process_batch_size)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of all steps and processes."""
+        return self.steps * self.processes * -(-self.process_batch_size // self.pass_size)
 
     @property
     def images_seen(self) -> int:
@@ -174,7 +186,7 @@ class TrainingSettings(Settings):
 
         One that came later is left out at its default, so earlier results keep their fingerprints.
         """
-        late = {"micro_batch_size": None, "augmentation": "none"}
+        late = {"micro_batch_size": None, "processes": 1, "augmentation": "none"}
         unused = {key for key, default in late.items() if getattr(self, key) == default}
         return self.model_dump(exclude={"data", *unused})
 
@@ -205,6 +217,7 @@ class TrainingOverrides(Settings):
     images: PositiveInt | None = None
     batch_size: PositiveInt | None = None
     micro_batch_size: PositiveInt | None = None
+    processes: PositiveInt | None = None
     weight_decay: float | None = Field(default=None, ge=0)
     precision: Precision | None = None
 
@@ -671,6 +684,19 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _processes_share_a_batch_evenly(self) -> "Experiment":
+        named = {"pretrain": self.pretrain, "training": self.training}
+        named |= {f"methods.{n}.training": self.method_training(n) for n in self.methods}
+        named |= {f"tuning.training, {n}": self.method_training(n) for n in self.trials()}
+        for key, settings in named.items():
+            if settings.batch_size % settings.processes:
+                raise ValueError(
+                    f"{key}: {settings.processes} processes cannot share a batch of "
+                    f"{settings.batch_size} images evenly: change processes or batch_size"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _starts_exist(self) -> "Experiment":
         if BASE in self.methods:
             raise ValueError(f"methods.{BASE}: so the base classifier is called: rename it")
@@ -819,6 +845,15 @@ class Experiment(Settings):
         if TRIAL in method:
             overrides |= self.tuning.training.model_dump(exclude_none=True)
         return self.training.model_copy(update=overrides)
+
+    def training_processes(self, method: str) -> int:
+        """Processes that share the batches of a method's training, if it has one."""
+        return self.method_training(method).processes if self.point(method).trains else 1
+
+    @property
+    def pretraining_processes(self) -> int:
+        """Processes that share the batches of the base's training, if it has one."""
+        return self.pretrain.processes if self.pretrain.images else 1
 
     def lender(self, method: str) -> str | None:
         """The baseline whose denoiser `method` borrows, if any."""

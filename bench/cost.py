@@ -46,8 +46,7 @@ def training_flops(
     of_a_pass = of_few - few * of_an_image
     if of_a_pass < 0:
         raise BenchError("the FLOPs of the objective grow faster than its images: count them apart")
-    passes = settings.steps * -(-settings.batch_size // settings.pass_size)
-    return settings.images_seen * of_an_image + passes * of_a_pass
+    return settings.images_seen * of_an_image + settings.passes * of_a_pass
 
 
 def _pass_flops(

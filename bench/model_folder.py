@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from bench import replicas
 from bench.backbones import Classifier, build_component, create_classifier
 from bench.config import (
     BackboneSettings,
@@ -122,7 +123,8 @@ def save_model(
 ) -> None:
     """Write the model folder; `classifier.json` comes last, so a cut-off folder never loads.
 
-    The state of the training, by which it could be continued until here, is deleted.
+    The state of the training, by which it could be continued until here, is deleted. Of processes
+    that trained together the first alone writes.
 
     Args:
         folder: where to; files of the same names are replaced.
@@ -137,6 +139,8 @@ def save_model(
         BenchError: a weight is not finite, or another run writes the folder.
     """
     _check_finite(classifier, folder)
+    if replicas.rank():
+        return
     with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         (folder / "classifier.json").unlink(missing_ok=True)
         partial = Path(scratch)

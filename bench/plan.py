@@ -158,8 +158,9 @@ class Planner:
 
         taken = follow(run, self.precision(settings.precision), module, *judges)
         module.zero_grad()
-        moments = 1 if isinstance(settings.optimizer, Sgd) else 2
-        held = parameter_bytes(module) + moments * parameter_bytes(module, trained=True)
+        # Moments, and where processes average their gradients a copy of these.
+        kept = (1 if isinstance(settings.optimizer, Sgd) else 2) + (settings.processes > 1)
+        held = parameter_bytes(module) + kept * parameter_bytes(module, trained=True)
         return taken.flops / count, held + taken.peak_bytes
 
     def answer(self, classifier: Classifier, shape: tuple[int, ...], batch: int) -> Pass:

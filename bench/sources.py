@@ -15,6 +15,7 @@ TRAINING = (
     "bench/lenet.py",
     "bench/model_folder.py",
     "bench/provenance.py",
+    "bench/replicas.py",
     "bench/resolution.py",
     "bench/training.py",
     "bench/training_state.py",

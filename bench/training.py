@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from bench import replicas
 from bench.augmentation import crop_and_flip
 from bench.config import Cosine, Sgd, Step, TrainingSettings
 from bench.data import ImageSplit
@@ -31,7 +32,10 @@ CURVE_POINTS = 50
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a training run cost, over all its sittings, and how its loss went."""
+    """What a training run cost, over all its sittings, and how its loss went.
+
+    `seconds` are those of all its processes; the peak is that of the first.
+    """
 
     images: int
     seconds: float
@@ -135,20 +139,21 @@ class _Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the steps to come depend on."""
-        cuda = self.noise.device.type == "cuda"
+        device = self.noise.device
+        cuda = device.type == "cuda"
         return {
             "step": self.step,
             "seconds": self.seconds,
-            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory(self.noise.device)),
+            "peak_memory_bytes": max(self.peak_memory_bytes, peak_memory(device)),
             "sittings": self.sittings,
             "curve": self.curve,
             "weights": self._weights(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "noise": self.noise.get_state(),
+            "noise": replicas.gathered(self.noise.get_state()),
             # Dropout draws from the global generators.
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.noise.device) if cuda else None,
+            "random": replicas.gathered(torch.get_rng_state()),
+            "random_cuda": replicas.gathered(torch.cuda.get_rng_state(device)) if cuda else None,
             "hook": self.hook.state_dict() if self.hook else None,
         }
 
@@ -165,10 +170,11 @@ class _Run:
         )
         self._lay_out_optimizer_state()
         self.scheduler.load_state_dict(state["scheduler"])
-        self.noise.set_state(state["noise"].cpu())
-        torch.set_rng_state(state["random"].cpu())
+        own = replicas.rank()
+        self.noise.set_state(state["noise"][own].cpu())
+        torch.set_rng_state(state["random"][own].cpu())
         if state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.noise.device)
+            torch.cuda.set_rng_state(state["random_cuda"][own].cpu(), self.noise.device)
         if self.hook:
             self.hook.load_state_dict(state["hook"])
 
@@ -193,7 +199,10 @@ def _start(
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(trained, settings, learning_rate)
     scheduler = LambdaLR(optimizer, _schedule(settings.schedule, settings.steps))
-    run = _Run(module, optimizer, scheduler, Generator(device).manual_seed(seed), hook)
+    own = replicas.seed_of(seed)
+    run = _Run(module, optimizer, scheduler, Generator(device).manual_seed(own), hook)
+    if own != seed:  # the first goes on from where the module was made
+        torch.manual_seed(own)
     if state is not None and (kept := state.load(device)) is not None:
         run.load_state_dict(kept)
         log.info("training goes on at step %d of %d", run.step, settings.steps)
@@ -236,8 +245,9 @@ def fit(
 ) -> TrainingRecord:
     """Minimise `loss` over the parameters of `module` that require gradients.
 
-    Noise is fresh at every step and depends on `seed` alone, so runs repeat bit for bit, also
-    those that go on from a `state` which an interrupted one left.
+    Called in each of `settings.processes` processes (`bench.replicas`), all do so together. Noise
+    is fresh at every step and depends on `seed` and the process alone, so runs repeat bit for bit,
+    also those that go on from a `state` which an interrupted one left.
 
     Raises:
         BenchError: the loss is no longer finite.
@@ -248,17 +258,18 @@ def fit(
     precision = pick_precision(settings.precision, device)
     batches = batch_positions(split, settings.batch_size, settings.steps, seed)
     left = islice(batches, run.step, None)
-    for positions in track(left, settings.steps - run.step, "training"):
+    for batch in track(left, settings.steps - run.step, "training"):
+        positions = replicas.share(batch)
         images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
         if settings.augmentation == "crop_and_flip":
             images = crop_and_flip(images, run.noise)
         _step(run, loss, images, labels, settings)
         run.seconds = before + time.perf_counter() - begin
-        if state is not None:
-            state.save_when_due(run.state_dict)
+        if state is not None and replicas.agreed(state.due):
+            state.save(run.state_dict())
     return TrainingRecord(
         images=settings.images_seen,
-        seconds=run.seconds,
+        seconds=run.seconds * replicas.count(),
         peak_memory_bytes=max(run.peak_memory_bytes, peak_memory(device)),
         loss_curve=run.curve,
         precision=precision,
@@ -277,6 +288,7 @@ def _step(
     steps, [group] = settings.steps, run.optimizer.param_groups
     share = (run.step + 1) / steps
     value = accumulate_gradients(loss, images, labels, run.noise, share, settings)
+    replicas.average_gradients(group["params"], value)
     torch.nn.utils.clip_grad_norm_(group["params"], settings.clip_norm or math.inf)
     run.optimizer.step()
     run.scheduler.step()

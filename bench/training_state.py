@@ -3,7 +3,6 @@
 import json
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bench import replicas
 from bench.files import atomic_write, sha256_json
 from bench.provenance import tensors_sha256
 
@@ -63,16 +63,21 @@ class TrainingState:
             return None
         return state
 
-    def save_when_due(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Save `state()`, of tensors, numbers, texts, lists and dicts, every `SAVE_SECONDS`."""
-        if time.monotonic() - self._saved < SAVE_SECONDS:
+    @property
+    def due(self) -> bool:
+        """Whether `SAVE_SECONDS` have passed since the last save."""
+        return time.monotonic() - self._saved >= SAVE_SECONDS
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save a state of tensors, numbers, texts, lists and dicts, if this process leads."""
+        self._saved = time.monotonic()
+        if replicas.rank():
             return
         tensors: dict[str, Tensor] = {}
-        text = json.dumps(_pack(state(), tensors))
+        text = json.dumps(_pack(state, tensors))
         described = {"meaning": self.meaning, "state": text, "sha256": _digest(text, tensors)}
         with atomic_write(self.path) as temporary:
             save_file(tensors, temporary, metadata=described)
-        self._saved = time.monotonic()
 
 
 def discard_state(folder: Path) -> None:

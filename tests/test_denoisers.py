@@ -478,18 +478,18 @@ def test_an_interrupted_denoiser_is_trained_on(method, train_job, world, monkeyp
         return world.job(method, 0.0 if method == "diffusion" else SIGMA)
 
     monkeypatch.setattr("bench.training_state.SAVE_SECONDS", 0.0)
-    save = TrainingState.save_when_due
+    save = TrainingState.save
 
     def killed(state, kept):
         save(state, kept)
-        if kept()["step"] == 2:
+        if kept["step"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(TrainingState, "save_when_due", killed)
+    monkeypatch.setattr(TrainingState, "save", killed)
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
         train_job(job())
-    monkeypatch.setattr(TrainingState, "save_when_due", lambda state, kept: None)
+    monkeypatch.setattr(TrainingState, "save", lambda state, kept: None)
     [weights] = [p for p in job().output.iterdir() if p.suffix == ".safetensors"]
     assert weights in job().output.glob(FILES)
     found = []

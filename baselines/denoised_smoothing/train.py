@@ -108,4 +108,4 @@ def train_denoiser(job: BaselineJob) -> None:
 
 
 if __name__ == "__main__":
-    run_baseline(train_denoiser)
+    run_baseline(train_denoiser, spread=True)

@@ -20,10 +20,10 @@ rule train_diffusion:
     wildcard_constraints:
         method=methods_of("diffusion_denoising"),
     priority: 100
-    threads: EXPERIMENT.threads_per_job
+    threads: training_threads
     resources:
-        gpu=GPUS_PER_JOB,
-        mem_mb=job_memory,
+        gpu=training_gpus,
+        mem_mb=training_memory,
         runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
@@ -47,6 +47,11 @@ use rule train as assemble_diffusion with:
     wildcard_constraints:
         method=methods_of("diffusion_denoising"),
     priority: 90
+    threads: EXPERIMENT.threads_per_job
+    resources:
+        gpu=GPUS_PER_JOB,
+        mem_mb=job_memory,
+        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         program="baselines.diffusion_denoising.assemble",

@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 from baselines.command import BaselineJob, run_baseline
 from baselines.diffusion_denoising.denoiser import ddpm_scheduler, unet_config
 from baselines.diffusion_denoising.settings import DiffusionSettings
+from bench import replicas
 from bench.cost import training_flops
 from bench.errors import BenchError
 from bench.files import atomic_write, sha256_file, share, write_json
@@ -110,12 +111,12 @@ def fit_unet(
 
 
 def train_unet(job: BaselineJob) -> None:
-    """Train or take the UNet; write it in diffusers' format, and `cost.json`."""
+    """Train or take the UNet, and write its folder."""
     settings = DiffusionSettings.of(job.experiment, job.method)
     cost: dict[str, Any] = dict.fromkeys(
         ("training_flops", "trainable_parameters", "training_images", "peak_memory_bytes"), 0
     )
-    cost["training_seconds"] = 0.0
+    cost["training_seconds"], curve = 0.0, []
     if settings.pretrained is not None:
         unet, scheduler = take_pretrained(job, settings.pretrained)
     else:
@@ -123,6 +124,7 @@ def train_unet(job: BaselineJob) -> None:
         shape = (channels, size, settings.stage_channels, settings.layers_per_block)
         unet, scheduler = UNet2DModel.from_config(unet_config(*shape)), ddpm_scheduler()
         record, flops = fit_unet(job, settings, unet)
+        curve = record.loss_curve
         cost |= {
             "training_flops": flops,
             "trainable_parameters": sum(p.numel() for p in unet.parameters()),
@@ -130,8 +132,21 @@ def train_unet(job: BaselineJob) -> None:
             "training_seconds": record.seconds,
             "peak_memory_bytes": record.peak_memory_bytes,
         }
+    if replicas.rank() == 0:
+        write_unet(job, unet, scheduler, cost, curve)
+
+
+def write_unet(
+    job: BaselineJob,
+    unet: UNet2DModel,
+    scheduler: DDPMScheduler,
+    cost: dict[str, Any],
+    curve: list[tuple[int, float]],
+) -> None:
+    """Write the folder in diffusers' format, the loss curve of a training, and `cost.json`."""
+    if curve:
         with atomic_write(job.output / "loss.txt") as temporary:
-            temporary.write_text("".join(f"{step} {value}\n" for step, value in record.loss_curve))
+            temporary.write_text("".join(f"{step} {value}\n" for step, value in curve))
     unet.save_pretrained(job.output)
     share(job.output / WEIGHTS)
     scheduler.save_pretrained(job.output)
@@ -144,4 +159,4 @@ def train_unet(job: BaselineJob) -> None:
 
 
 if __name__ == "__main__":
-    run_baseline(train_unet)
+    run_baseline(train_unet, spread=True)

@@ -151,8 +151,30 @@ def planned_certification(wildcards):
 GPUS_PER_JOB = EXPERIMENT.gpus_per_job or int(shutil.which("nvidia-smi") is not None)
 
 
+def processes_of(wildcards):
+    """Processes that share the batches of a training; each takes what a job takes."""
+    if "method" not in wildcards.keys():
+        return EXPERIMENT.pretraining_processes
+    return EXPERIMENT.training_processes(wildcards.method)
+
+
+def training_threads(wildcards):
+    """CPU threads of a training."""
+    return EXPERIMENT.threads_per_job * processes_of(wildcards)
+
+
+def training_gpus(wildcards):
+    """GPUs of a training."""
+    return GPUS_PER_JOB * processes_of(wildcards)
+
+
+def training_memory(wildcards, attempt):
+    """MiB of main memory that a training asks a cluster for."""
+    return job_memory(wildcards, attempt) * processes_of(wildcards)
+
+
 def job_memory(wildcards, attempt):
-    """MiB of main memory that a training, certification or attack asks a cluster for."""
+    """MiB of main memory that a job of one process asks a cluster for."""
     # With the CUDA context, a diffusion model or the state of a training in main memory.
     return (16000 if EXPERIMENT.gpus_per_job else 4000) * attempt
 

@@ -16,10 +16,10 @@ rule pretrain:
     benchmark:
         f"{RESULTS}/benchmarks/pretrain.tsv"
     priority: 200
-    threads: EXPERIMENT.threads_per_job
+    threads: training_threads
     resources:
-        gpu=GPUS_PER_JOB,
-        mem_mb=job_memory,
+        gpu=training_gpus,
+        mem_mb=training_memory,
         runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
@@ -77,10 +77,10 @@ rule train:
         f"{RESULTS}/benchmarks/train/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
     wildcard_constraints:
         method=methods_of(None),
-    threads: EXPERIMENT.threads_per_job
+    threads: training_threads
     resources:
-        gpu=GPUS_PER_JOB,
-        mem_mb=job_memory,
+        gpu=training_gpus,
+        mem_mb=training_memory,
         runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
