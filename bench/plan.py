@@ -404,7 +404,7 @@ def build_plan(experiment: Experiment, rate: Rate, output: Path | None) -> list[
         stage_totals(table).to_string(index=False, float_format="{:,.3g}".format),
         f"rate: {rate.source}; {rate.training / 1e12:,.3g} TFLOPS in training, "
         f"{rate.inference / 1e12:,.3g} in inference, {rate.job_seconds:.1f} s per job beside",
-        "hours: of one device, one job after the other; memory: the largest job's tensors, with "
-        "attention written out; disk: model folders",
+        "hours: of one device, one job after the other; memory: the largest job's tensors "
+        "on a device, with attention written out; disk: model folders",
         savings(experiment, table, draws),
     ]

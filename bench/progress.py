@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from bench import replicas
+
 log = logging.getLogger(__name__)
 QUIET_SECONDS = 20.0
 T = TypeVar("T")
@@ -17,7 +19,7 @@ def track(
     items: Iterable[T], total: int, what: str, status: Callable[[], str] = lambda: ""
 ) -> Iterator[T]:
     """Yield `items`, showing how many of `total` are done, the time left and `status()`."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and replicas.rank() == 0:
         bar = tqdm(items, total=total, desc=what)
         for item in bar:
             yield item

@@ -5,24 +5,23 @@ objective may call the model as often as it likes, which `DistributedDataParalle
 Noise and dropout are of each process's own.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bench.errors import BenchError
 
 # Seeds of one training's processes lie apart from the seeds that experiments name.
 SEED_STRIDE = 1_000_000_007
+LAUNCHER = "BENCH_LAUNCHER"
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the end of the parent sends
 
 
@@ -34,6 +33,20 @@ def count() -> int:
 def rank() -> int:
     """Which of them this is; 0 also leads: it alone saves and reports."""
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def check_count(wanted: int) -> None:
+    """Make sure that `wanted` processes train here.
+
+    Raises:
+        BenchError: there are others.
+    """
+    if count() != wanted:
+        raise BenchError(
+            f"training.processes is {wanted}, and {count()} train here: set it to 1, or start the "
+            "job by `python -m bench` or `python -m baselines...` itself, which starts the others "
+            "(a baseline's own, where `run_baseline` has `spread=True`)"
+        )
 
 
 def in_processes(wanted: int, work: Callable[[], None]) -> None:
@@ -49,6 +62,7 @@ def in_processes(wanted: int, work: Callable[[], None]) -> None:
     if wanted == 1:
         work()
     elif distributed.is_torchelastic_launched():
+        _end_with_launcher()
         _join()
         work()
         distributed.destroy_process_group()
@@ -56,14 +70,20 @@ def in_processes(wanted: int, work: Callable[[], None]) -> None:
         gpus = torch.cuda.device_count()
         if 0 < gpus < wanted:
             raise BenchError(
-                f"training.processes is {wanted} and there are {gpus} GPUs: lower it, or give the "
-                "job more"
+                f"training.processes is {wanted}, GPUs that the job sees: {gpus}: lower it, or "
+                "give the job as many GPUs"
             )
         _launch(wanted, sys.orig_argv)
 
 
 def _launch(wanted: int, command: list[str]) -> None:
+    # Slow to import, and not for certification.
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // wanted))
+    os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -71,7 +91,9 @@ def _launch(wanted: int, command: list[str]) -> None:
         run_id=str(uuid.uuid4()),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
     )
     try:
         elastic_launch(config, sys.executable)(*command[1:])
@@ -81,16 +103,32 @@ def _launch(wanted: int, command: list[str]) -> None:
         sys.exit(128 + error.sigval)
 
 
-def _join() -> None:
-    # They have sessions of their own: whoever kills a job's process group misses them.
+def _end_with_launcher() -> None:
+    """Processes have sessions of their own: whoever kills a job's process group misses them."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if torch.cuda.is_available():
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        sys.exit("error: the launcher of this training has ended")
+
+
+def _join() -> None:
+    gpu = torch.cuda.is_available()
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Tensors of the CPU go by gloo, those of GPUs by NCCL.
-    distributed.init_process_group()
+    # By itself torch would take NCCL alone, which knows no tensors of the CPU.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     if rank():
         logging.getLogger().setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Around what needs all processes; errors of the network there mean that one has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise BenchError(f"another process of this training has ended ({said:.200})") from None
 
 
 def seed_of(seed: int) -> int:
@@ -104,22 +142,35 @@ def share(positions: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter], loss: Tensor) -> None:
-    """Replace gradients, and `loss`, by their means over the processes.
+def average(parameters: Iterable[nn.Parameter], others: Iterable[Tensor]) -> None:
+    """Replace gradients, and other tensors, by their means over the processes.
 
-    A parameter without a gradient in one process counts there as zero.
+    A parameter without a gradient in some process counts there as zero; without one in any, it
+    stays without.
     """
     if count() == 1:
         return
-    trained = list(parameters)
-    kept = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    together = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in kept)])
-    distributed.all_reduce(together)
+    trained, rest = list(parameters), list(others)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    device = gradients[0].device
+    there = torch.tensor([float(p.grad is not None) for p in trained], device=device)
+    packed = [there, *gradients, *rest]
+    together = torch.cat([tensor.flatten() for tensor in packed])
+    with _together():
+        distributed.all_reduce(together)
     together /= count()
-    mean, *parts = together.split([1, *(gradient.numel() for gradient in kept)])
-    loss.copy_(mean.squeeze())
-    for parameter, gradient, part in zip(trained, kept, parts, strict=True):
-        parameter.grad = gradient.copy_(part.view_as(gradient))
+    parts = together.split([tensor.numel() for tensor in packed])
+    for tensor, part in zip(packed, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+    for parameter, gradient, known in zip(trained, gradients, there.tolist(), strict=True):
+        parameter.grad = gradient if known else None
+
+
+def batch_statistics(module: nn.Module) -> list[Tensor]:
+    """What batch normalisations in training mode know of the images so far."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    found = [(n.running_mean, n.running_var) for n in norms if n.training]
+    return [statistic for pair in found for statistic in pair if statistic is not None]
 
 
 def agreed(due: bool) -> bool:
@@ -127,7 +178,8 @@ def agreed(due: bool) -> bool:
     if count() == 1:
         return due
     answer = torch.tensor(due)
-    distributed.broadcast(answer, 0)
+    with _together():
+        distributed.broadcast(answer, 0)
     return bool(answer)
 
 
@@ -136,5 +188,6 @@ def gathered(state: Tensor) -> list[Tensor]:
     if count() == 1:
         return [state]
     states = [torch.empty_like(state) for _ in range(count())]
-    distributed.all_gather(states, state)
+    with _together():
+        distributed.all_gather(states, state)
     return states

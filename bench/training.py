@@ -22,7 +22,7 @@ from bench.errors import BenchError
 from bench.memory import out_of_memory
 from bench.progress import track
 from bench.provenance import pick_precision
-from bench.training_state import TrainingState
+from bench.training_state import FILES, TrainingState
 
 log = logging.getLogger(__name__)
 # (clean images (B, C, H, W) in [0, 1], labels (B,), noise source, share of steps) -> scalar loss
@@ -206,6 +206,11 @@ def _start(
     if state is not None and (kept := state.load(device)) is not None:
         run.load_state_dict(kept)
         log.info("training goes on at step %d of %d", run.step, settings.steps)
+    if len(set(map(int, replicas.gathered(torch.tensor(run.step))))) > 1:
+        raise BenchError(
+            "the processes of a training are of different machines or GPUs, and would go on from "
+            f"different steps: delete {FILES} in the model's folder"
+        )
     return run
 
 
@@ -250,8 +255,10 @@ def fit(
     also those that go on from a `state` which an interrupted one left.
 
     Raises:
-        BenchError: the loss is no longer finite.
+        BenchError: the loss is no longer finite, or other than `settings.processes` processes
+            train here.
     """
+    replicas.check_count(settings.processes)
     run = _start(module, settings, learning_rate, seed, after_step, state)
     device = run.noise.device
     before, begin = run.seconds, time.perf_counter()
@@ -288,7 +295,7 @@ def _step(
     steps, [group] = settings.steps, run.optimizer.param_groups
     share = (run.step + 1) / steps
     value = accumulate_gradients(loss, images, labels, run.noise, share, settings)
-    replicas.average_gradients(group["params"], value)
+    replicas.average(group["params"], [value, *replicas.batch_statistics(run.module)])
     torch.nn.utils.clip_grad_norm_(group["params"], settings.clip_norm or math.inf)
     run.optimizer.step()
     run.scheduler.step()

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from bench import replicas, training, training_state
-from bench.config import parse_experiment
+from bench.config import TrainingSettings, parse_experiment
 from bench.errors import BenchError
 from bench.jobs import pretrain
 from bench.model_folder import load_classifier
-from tests.test_training_state import ADAMW, STEPS, run, same
+from tests.test_training_state import ADAMW, STEPS, network, run, same
+from tests.workflow import SMOKE, snakemake
 
 ROOT = Path(__file__).parents[1]
+TOGETHER = ADAMW.model_copy(update={"processes": 2})
 PROGRAM = """
 import functools, sys
 from bench.replicas import in_processes
@@ -42,18 +45,22 @@ def launch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def report_primitives() -> None:
     """What each of two processes sees and gets."""
     own = replicas.rank()
-    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     weights[0].grad = torch.tensor([1.0, 2.0]) * (own + 1)
     if own:
         weights[1].grad = torch.tensor([8.0, 4.0])
     loss = torch.tensor(2.0 + own)
-    replicas.average_gradients(weights, loss)
+    replicas.average(weights, [loss])
+    start = training._start(network(), ADAMW, 0.1, 3, None, None)
     report = {
         "rank": own,
         "threads": torch.get_num_threads(),
         "share": replicas.share(torch.arange(6)).tolist(),
-        "seed": replicas.seed_of(3),
-        "gradients": [weight.grad.tolist() for weight in weights],
+        "noise": torch.rand(4, generator=start.noise).tolist(),
+        "dropout": torch.rand(4).tolist(),
+        "gradients": [
+            weight.grad if weight.grad is None else weight.grad.tolist() for weight in weights
+        ],
         "loss": loss.item(),
         "agreed": [replicas.agreed(own == 0), replicas.agreed(own == 1)],
         "gathered": [state.tolist() for state in replicas.gathered(torch.tensor([own, 7]))],
@@ -67,10 +74,17 @@ def test_two_processes_share_a_batch_and_agree():
     assert done.returncode == 0, done.stderr
     first, second = sorted(map(json.loads, done.stdout.splitlines()), key=lambda r: r.pop("rank"))
     assert (first.pop("share"), second.pop("share")) == ([0, 2, 4], [1, 3, 5])
-    assert first.pop("seed") == 3 != second.pop("seed")
+    # The first draws as a process that trains alone.
+    start = training._start(network(), ADAMW, 0.1, 3, None, None)
+    drawn = {
+        "noise": torch.rand(4, generator=start.noise).tolist(),
+        "dropout": torch.rand(4).tolist(),
+    }
+    for name, numbers in drawn.items():
+        assert first.pop(name) == numbers != second.pop(name)
     assert first == second == {
         "threads": 1,
-        "gradients": [[1.5, 3.0], [4.0, 2.0]],
+        "gradients": [[1.5, 3.0], [4.0, 2.0], None],
         "loss": 2.5,
         "agreed": [True, False],
         "gathered": [[0, 7], [1, 7]],
@@ -106,10 +120,10 @@ def train_noisily(folder: str, kill_in: str) -> None:
         step(state, *arguments)
 
     training._step = watched
-    weights, record, _ = run(ADAMW, Path(folder))
-    if replicas.rank() == 0:
-        end = {name: weight.contiguous() for name, weight in weights.items()}
-        save_file({**end, "sittings": torch.tensor(record.sittings)}, f"{folder}/end")
+    weights, record, _ = run(TOGETHER, Path(folder))
+    end = {name: weight.contiguous() for name, weight in weights.items()}
+    end["sittings"] = torch.tensor(record.sittings)
+    save_file(end, f"{folder}/{replicas.rank()}")
 
 
 @pytest.mark.fault(
@@ -124,13 +138,14 @@ def test_a_training_whose_process_was_killed_is_finished_by_a_rerun(tmp_path):
     killed = launch("-c", PROGRAM, "train_noisily", parts, "3")
     assert killed.returncode == 1
     assert "exitcode: -9" in killed.stderr
-    assert not (parts / "end").exists()
+    assert not (parts / "0").exists()
     for folder in (whole, parts):
         done = launch("-c", PROGRAM, "train_noisily", folder, str(STEPS))
         assert done.returncode == 0, done.stderr
-    ends = [load_file(folder / "end") for folder in (whole, parts)]
-    assert [int(end.pop("sittings")) for end in ends] == [1, 2]
-    assert same(*ends)
+    ends = [load_file(folder / name) for folder in (whole, parts) for name in "01"]
+    assert [int(end.pop("sittings")) for end in ends] == [1, 1, 2, 2]
+    # Batch statistics included.
+    assert all(same(end, ends[0]) for end in ends)
 
 
 def test_clean_training_by_two_processes_is_that_of_one(smoke_values, fetched, tmp_path):
@@ -172,10 +187,61 @@ def test_what_every_process_refuses_is_said_without_a_traceback(smoke_values, fe
     assert not (tmp_path / "base/classifier.json").exists()
 
 
-def test_a_process_has_a_gpu_of_its_own(monkeypatch):
+def test_there_is_a_gpu_for_each_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(BenchError, match=r"training\.processes is 4 and there are 2 GPUs"):
+    with pytest.raises(BenchError, match=r"training\.processes is 4, GPUs that the job sees: 2"):
         replicas.in_processes(4, lambda: None)
+
+
+def test_a_process_takes_its_gpu_and_the_networks_of_both_devices(monkeypatch):
+    taken = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", taken.append)
+    replicas._join()
+    assert taken == [3, "cpu:gloo,cuda:nccl"]
+
+
+def test_a_process_that_loses_the_others_says_so():
+    with pytest.raises(BenchError, match=r"another process .* ended \(Connection closed\)"):
+        with replicas._together():
+            raise RuntimeError("Connection closed\nand more")
+
+
+def test_no_other_number_of_processes_trains(monkeypatch):
+    with pytest.raises(BenchError, match=r"training\.processes is 2, and 1 train here"):
+        run(TOGETHER)
+
+
+def test_passes_of_all_processes_are_counted():
+    # Two processes take 6 images each: 4, then 2.
+    settings = TrainingSettings(images=36, batch_size=12, micro_batch_size=4, processes=2)
+    assert (settings.pass_size, settings.passes) == (4, 3 * 2 * 2)
+    whole = settings.model_copy(update={"micro_batch_size": None})
+    assert (whole.pass_size, whole.passes) == (6, 3 * 2)
+
+
+def test_jobs_ask_for_what_their_processes_take(smoke_values, sources):
+    values = copy.deepcopy(smoke_values)
+    values["methods"]["black_box"]["training"] = {"processes": 1}
+    values |= {"gpus_per_job": 1, "threads_per_job": 2}
+    values["training"]["processes"] = 2
+    values["pretrain"]["processes"] = 4
+    (sources / "config/smoke.yaml").write_text(yaml.safe_dump(values))
+    limits = ["--cores", "16", "--resources", "gpu=8"]
+    said = snakemake(sources, "--dry-run", *SMOKE, *limits)
+    found = {}
+    for job in re.split(r"^(?:local)?rule ", said, flags=re.MULTILINE)[1:]:
+        asked = re.search(r"threads: (\d+)\n +resources: .*gpu=(\d)", job)
+        if asked and "wildcards: method=undefended" not in job:
+            found[job.partition(":")[0]] = tuple(map(int, asked.groups()))
+    assert found["pretrain"] == (8, 4)
+    two = {"train", "train_gaussian_retraining", "train_denoiser", "train_diffusion"}
+    one = {"train_black_box", "assemble_diffusion", "certify"}
+    assert {rule: found[rule] for rule in two | one} == (
+        dict.fromkeys(two, (4, 2)) | dict.fromkeys(one, (2, 1))
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,6 @@ use rule train as train_black_box with:
         code=[*training_code("black_box"), *code_of("bench/remote.py")],
     wildcard_constraints:
         method=methods_of("black_box"),
-    threads: EXPERIMENT.threads_per_job
-    resources:
-        gpu=GPUS_PER_JOB,
-        mem_mb=job_memory,
-        runtime=job_minutes,
     params:
         experiment=EXPERIMENT_FILE,
         program="baselines.black_box.train",

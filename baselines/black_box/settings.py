@@ -1,11 +1,12 @@
 """Keys of `settings` for methods of this baseline."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from baselines.settings import BaselineSettings
-from bench.config import Access
+from bench.config import Access, Experiment
+from bench.errors import BenchError
 
 
 class BlackBoxSettings(BaselineSettings):
@@ -37,3 +38,17 @@ class BlackBoxSettings(BaselineSettings):
     alpha: NonNegativeFloat = 0.4
     gamma: NonNegativeFloat = 0.1
     momentum: float = Field(default=0.9, ge=0, lt=1)
+
+    @classmethod
+    def of(cls, experiment: Experiment, method: str) -> Self:
+        """The settings of one method.
+
+        Raises:
+            BenchError: as that of all baselines; or it trains in several processes.
+        """
+        if experiment.method_training(method).processes > 1:
+            raise BenchError(
+                f"methods.{method}.training.processes: a search by queries is one process: set it "
+                "to 1"
+            )
+        return super().of(experiment, method)
