@@ -75,8 +75,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
 
 
 def _plain(cell: object) -> str:
-    """A text that reStructuredText takes for no markup."""
-    return re.sub(r"([\\*`_|])", r"\\\1", str(cell))
+    """A text that reStructuredText takes for no markup, in the line or of a list."""
+    text = re.sub(r"([\\*`_|:])", r"\\\1", str(cell))
+    # An escaped space is none.
+    return re.sub(r"^(?=[^\w\\]|\w+[.)](\s|$))", r"\\ ", text)
 
 
 def _cells(markdown: str) -> tuple[list[str], list[list[str]]]:

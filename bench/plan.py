@@ -37,6 +37,7 @@ from bench.objectives.noise import Batch
 from bench.parameterization_settings import Boft
 from bench.parameterizations import adapt, insert_modules
 from bench.rates import Rate
+from bench.smoothing.engine import needs_pilot
 from bench.sources import baseline_folder
 from bench.training import BatchLoss
 from bench.weightless import Pass, follow, for_inference, without_weights
@@ -314,8 +315,7 @@ def draws_at(experiment: Experiment, sigma: float) -> Draws:
     protocol = protocol_of(settings, experiment.data.name, sigma, 0, step, images)
     nearest = min(ASSUMED_Z, key=lambda level: abs(np.log(level / sigma)))
     expected = expected_draws(protocol, norm.cdf(np.array(ASSUMED_Z[nearest])))
-    fixed = settings.n + (settings.n0 if settings.candidate == "pilot" else 0)
-    return Draws(expected, fixed)
+    return Draws(expected, settings.n + (settings.n0 if needs_pilot(protocol) else 0))
 
 
 def _method_lines(planner: Planner, name: str, draws: dict[float, Draws]) -> list[Line]:
@@ -382,21 +382,27 @@ def stage_totals(table: pd.DataFrame) -> pd.DataFrame:
     return totals.reset_index()
 
 
-def savings(experiment: Experiment, table: pd.DataFrame, draws: dict[float, Draws]) -> str:
+def savings(
+    experiment: Experiment, table: pd.DataFrame, draws: dict[float, Draws], rate: Rate
+) -> str:
     """What the protocol saves over the same number of draws for every image."""
     expected = np.mean([draws[sigma].expected for _, sigma, _ in experiment.points()])
     fixed = next(iter(draws.values())).fixed
-    hours = table.loc[table["stage"] == "certify", "hours"].sum()
+    certified = table[table["stage"] == "certify"]
+    hours = certified["hours"].sum()
+    # What jobs take beside the draws stays.
+    drawing = certified["evaluation_flops"].sum() / rate.inference / 3600
     return (
         f"{expected:,.0f} draws per image expected of {experiment.certification.mode} "
         f"({ASSUMPTION}), {fixed:,} if every image had n: certification would then take "
-        f"{fixed / expected:.1f} times as long, {hours * fixed / expected:,.2f} hours"
+        f"{hours + drawing * (fixed / expected - 1):,.2f} hours instead of {hours:,.2f}"
     )
 
 
 def build_plan(experiment: Experiment, rate: Rate, output: Path | None) -> list[str]:
     """The bill as lines of text; every row of it as CSV where `output` is given."""
     table, draws = plan(experiment, rate)
+    attacked = experiment.attack is not None
     if output is not None:
         with atomic_write(output) as temporary:
             table.assign(rate=rate.source).to_csv(temporary, index=False)
@@ -406,5 +412,6 @@ def build_plan(experiment: Experiment, rate: Rate, output: Path | None) -> list[
         f"{rate.inference / 1e12:,.3g} in inference, {rate.job_seconds:.1f} s per job beside",
         "hours: of one device, one job after the other; memory: the largest job's tensors "
         "on a device, with attention written out; disk: model folders",
-        savings(experiment, table, draws),
+        savings(experiment, table, draws, rate),
+        *(["attacks are billed as processes alone: what they compute is not counted"] * attacked),
     ]

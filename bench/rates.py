@@ -46,7 +46,10 @@ START = "import bench.certification, bench.jobs, peft, timm"
 
 @dataclass(frozen=True)
 class Rate:
-    """FLOPs per second in training and in inference, seconds per job beside, and whence."""
+    """FLOPs per second in training and in inference, seconds per job beside, and whence.
+
+    `precision` is what `auto` stands for there.
+    """
 
     training: float
     inference: float
@@ -108,7 +111,8 @@ def measured_rate(experiment: Experiment) -> Rate:
     set_fused_attention(classifier, True)
     inference = flops * batch * _per_second(answer, device)
     source = f"measured here ({machine(device)})"
-    return Rate(training, inference, _start_seconds(), precision, source)
+    automatic = pick_precision("auto", device)
+    return Rate(training, inference, _start_seconds(), automatic, source)
 
 
 def _per_second(run: Callable[[], None], device: torch.device) -> float:

@@ -33,6 +33,8 @@ COSTS = [
 ]
 LEADERBOARD_STEPS = 4
 VOTE_SHARES = 101
+# What all certificates of an experiment have in common.
+ALIKE = ("mode", "n0", "n", "alpha", "candidate", "family_size")
 Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
@@ -40,15 +42,17 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
     """Write certified_accuracy and its kin, summary and the other tables, leaderboard.md.
 
     Raises:
-        BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off.
+        BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off, or
+            logs are of several protocols.
     """
-    read = [_read_complete(path) for path in logs]
+    read = [_read_complete(experiment, path) for path in logs]
     check_points([protocol for protocol, _ in read], experiment.points())
+    _check_alike([protocol for protocol, _ in read])
     order = {name: place for place, name in enumerate(experiment.methods)}
     read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
     curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
     summary = pd.DataFrame([_summary_row(experiment, p, log) for p, log in read])
-    rows = [read_json(path) for path in costs]
+    rows = [_own(experiment, path, read_json(path)) for path in costs]
     cost = pd.DataFrame(_cost_rows(experiment, rows))
     tables = {
         "certified_accuracy": curves,
@@ -68,8 +72,29 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
             temporary.write_text(leaderboard(curves, experiment.radius_step))
 
 
-def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def _own(experiment: Experiment, path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """`row` of the file `path`, which must say that it is the experiment's."""
+    if row.get("experiment") != experiment.name:
+        whose = row.get("experiment", "no experiment")
+        raise BenchError(f"{path} is of {whose}, not of {experiment.name}: name files of this one")
+    return row
+
+
+def _check_alike(protocols: list[dict[str, Any]]) -> None:
+    """Curves are compared, so they must promise the same."""
+    for key in ALIKE:
+        found = {str(protocol.get(key)): protocol for protocol in protocols}
+        if len(found) > 1:
+            (one, first), (other, second) = list(found.items())[:2]
+            raise BenchError(
+                f"{key} is {one} of {first['method']} and {other} of {second['method']}, sigma "
+                f"{first['sigma']} and {second['sigma']}: certify both by the same settings"
+            )
+
+
+def _read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     protocol, log = read_own_log(path)
+    _own(experiment, path, protocol)
     if len(log) != protocol["n_images"]:
         raise BenchError(f"{path} has {len(log)} of {protocol['n_images']} images: certify again")
     return protocol, log
@@ -305,8 +330,15 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
 
     The rule for every method: the highest accuracy on the validation split under one noise draw
     per image at `tuning.sigma`, the smaller size, then the smaller rate, on ties.
+
+    Raises:
+        BenchError: a trial's report is missing, there twice, or foreign.
     """
-    rows = sorted(map(read_json, reports), key=lambda report: _trial_order(report["method"]))
+    found = [_own(experiment, path, read_json(path)) for path in reports]
+    sigma, seed = experiment.tuning.sigma, experiment.seeds[0]
+    at = {trial: experiment.training_sigma(trial, sigma) for trial in experiment.trials()}
+    check_points(found, [(trial, level, seed) for trial, level in at.items()])
+    rows = sorted(found, key=lambda report: _trial_order(report["method"]))
     table = pd.DataFrame([_trial_row(experiment, report) for report in rows])
     best = table.groupby("method")["validation_accuracy"].idxmax()
     table["picked"] = table.index.isin(best)

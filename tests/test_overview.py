@@ -16,6 +16,8 @@ LEADERBOARD = """| method | σ=0.5, r=0 | σ=0.5, r=0.25 |
 |---|--:|--:|
 | undefended | 12.0 | 3.0 |
 | a *very* `odd` label_ | 99.0 | 98.5 |
+| + LoRA:: | 1.0 | – |
+| 1. run | -1.0 | 2. |
 """
 CLAIM = {"text": "PEFT wins_", "form": "paper"}
 VERDICTS = [
@@ -57,6 +59,8 @@ def cells(experiment: Experiment, tables: Path, claims: Path | None) -> list[lis
 def test_tables_and_settings_reach_the_page(smoke: Experiment, tables: Path) -> None:
     rows = cells(smoke, tables, None)
     assert ["a *very* `odd` label_", "99.0", "98.5"] in rows
+    assert ["+ LoRA::", "1.0", "–"] in rows
+    assert ["1. run", "-1.0", "2."] in rows
     settings = smoke.certification
     assert ["estimation draws n, at most", str(settings.n)] in rows
     assert ["test images", str(settings.test_images)] in rows

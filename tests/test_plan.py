@@ -1,4 +1,4 @@
-"""The bill: FLOPs by hand and by real networks, draws in closed form, jobs as in the DAG."""
+"""The bill: FLOPs by hand and by real networks, draws in closed form, every seed and sigma."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from bench.errors import BenchError
 from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
 from bench.parameterizations import adapt
-from bench.plan import build_plan, draws_at, plan, stage_totals
+from bench.plan import Draws, build_plan, draws_at, plan, savings, stage_totals
 from bench.rates import JOB_SECONDS, PEAKS, UTILISATION, Rate, datasheet_rate, stated_rate
 from bench.smoothing.protocol import Protocol
 from bench.weightless import follow, for_inference, without_weights
@@ -96,9 +96,43 @@ def test_hours_follow_from_the_rates_and_the_jobs(vit_b16):
     row = table.loc[("train", "full_finetuning")]
     seconds = row["training_flops"] / 2e12 + row["evaluation_flops"] / 1e12 + 5.0
     assert row["hours"] == pytest.approx(seconds / 3600)
+    shards = load_experiment(ROOT / "config/cifar10.yaml").certification.shards
+    certified = table.loc[("certify", "vpt_deep")]
+    seconds = certified["evaluation_flops"] / 1e12 + shards * 5.0
+    assert shards > 1
+    assert certified["hours"] == pytest.approx(seconds / 3600)
     totals = stage_totals(table.reset_index()).set_index("stage")
     assert totals.loc["all", "hours"] == pytest.approx(table["hours"].sum())
     assert totals.loc["all", "memory_gib"] == table["memory_bytes"].max() / 2**30
+    assert totals.loc["all", "disk_gib"] == table["disk_bytes"].sum() / 2**30
+    flops = (table["training_flops"] + table["evaluation_flops"]).sum()
+    assert totals.loc["all", "pflop"] == pytest.approx(flops / 1e15)
+
+
+def test_draws_that_are_saved_save_no_starts_of_processes(smoke):
+    # Two jobs of 5 s, and 10 s of 100 draws per image.
+    row = {"stage": "certify", "evaluation_flops": 1e13, "jobs": 2, "hours": 20 / 3600}
+    only = smoke.model_copy(update={"methods": {"lora": smoke.methods["lora"]}})
+    said = savings(only, pd.DataFrame([row]), {0.5: Draws(100.0, 72_000)}, RATE)
+    assert f"would then take {(7200 + 10) / 3600:.2f} hours instead of 0.01" in said
+
+
+def test_the_bill_is_that_of_every_seed_and_sigma(smoke_values):
+    names = ["lora", "denoised_smoothing_stability", "black_box", "diffusion_denoising"]
+    methods = {name: smoke_values["methods"][name] for name in names}
+
+    def bill(sigmas: list[float], seeds: list[int]) -> pd.DataFrame:
+        changes = {"methods": methods, "sigmas": sigmas, "seeds": seeds}
+        changes["tuning"] = {**smoke_values["tuning"], "sigma": sigmas[0]}
+        table = plan(parse_experiment({**smoke_values, **changes}, "x"), RATE)[0]
+        columns = ["jobs", "training_flops", "evaluation_flops", "disk_bytes"]
+        chosen = table[table["stage"].isin(["train", "certify"])]
+        return chosen.set_index(["stage", "method"])[columns]
+
+    whole, one, other = bill([0.25, 0.5], [0, 1]), bill([0.25], [0]), bill([0.5], [3])
+    expected, for_all_sigmas = 2 * (one + other), ("train", "diffusion_denoising (unet)")
+    expected.loc[for_all_sigmas] = 2 * one.loc[for_all_sigmas]
+    pd.testing.assert_frame_equal(whole, expected, check_dtype=False)
 
 
 @pytest.mark.parametrize("name", ["lora", "vpt_deep", "adapter", "full_finetuning"])
@@ -341,7 +375,8 @@ def test_rates_say_where_they_come_from(smoke, tmp_path):
         stated_rate(0.0)
     only = smoke.model_copy(update={"methods": {"lora": smoke.methods["lora"]}})
     lines = build_plan(only, rate, tmp_path / "bill.csv")
-    assert "Cohen" in lines[-1]
+    assert "Cohen" in lines[-2]
+    assert lines[-1].startswith("attacks are billed as processes alone")
     written = pd.read_csv(tmp_path / "bill.csv")
     assert list(written["stage"].unique()) == ["pretrain", "train", "certify", "other"]
     assert set(written["rate"]) == {rate.source}

@@ -44,14 +44,14 @@ def log_rows(radii: list[float]) -> list[dict[str, Any]]:
 
 
 def write_point(
-    folder: Path, method: str, sigma: float, radii: list[float], **more: Any
+    folder: Path, method: str, sigma: float, radii: list[float], seed: int = 0, **more: Any
 ) -> tuple[Path, Path]:
     """Log, sidecar and cost of one method and sigma; the path tells nothing."""
     number = len(list(folder.glob("*.tsv")))
     log, cost = folder / f"{number}.tsv", folder / f"cost{number}.json"
     rows = log_rows(radii)
     write_log(rows, log)
-    identity = {"experiment": "smoke", "method": method, "sigma": sigma, "seed": 0}
+    identity = {"experiment": "smoke", "method": method, "sigma": sigma, "seed": seed}
     protocol = {
         "mode": "cohen",
         "n0": 10,
@@ -288,6 +288,55 @@ def test_a_foreign_log_is_refused(tmp_path: Path, results: Results) -> None:
     results[1].append(write_point(tmp_path, "other", 0.5, [0.1])[0])
     with pytest.raises(BenchError, match=r"other at sigma 0\.5.* not part"):
         build_tables(*results, tmp_path / "tables")
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("experiment", ["other", None])
+def test_a_file_of_another_experiment_is_refused(tmp_path, results, kind, experiment):
+    path = results[1:][kind][0]
+    sidecar = path.with_suffix(".json")
+    values = json.loads(sidecar.read_text()) | {"experiment": experiment}
+    if experiment is None:
+        # As the sidecars of `bench certify`.
+        del values["experiment"], values["method"]
+    sidecar.write_text(json.dumps(values))
+    whose = experiment or "no experiment"
+    with pytest.raises(BenchError, match=rf"{path.name} is of {whose}, not of smoke"):
+        build_tables(*results, tmp_path / "tables")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("mode", "decide"), ("n", 99), ("alpha", 0.01), ("candidate", "label")]
+)
+def test_logs_of_several_protocols_are_refused(tmp_path, results, key, value):
+    sidecar = results[1][0].with_suffix(".json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {key: value}))
+    with pytest.raises(BenchError, match=rf"{key} is {value} of lora and .* of undefended"):
+        build_tables(*results, tmp_path / "tables")
+
+
+def test_seeds_are_kept_apart(tmp_path, results):
+    experiment, logs, costs = results
+    for method, sigma, radii in (
+        ("lora", 0.5, [0.1, 0.1]),
+        ("undefended", 0.5, [0.7, 0.8]),
+        ("lora", 0.25, [0.3, 0.3]),
+        ("undefended", 0.25, [0.3, 0.3]),
+    ):
+        log, cost = write_point(tmp_path, method, sigma, radii, seed=1)
+        logs.append(log)
+        costs.append(cost)
+    both = experiment.model_copy(update={"seeds": [0, 1]})
+    build_tables(both, logs, costs, tmp_path / "out")
+    pairs = pd.read_csv(tmp_path / "out/paired.csv").query("sigma == 0.5 and radius == 0.25")
+    found = pairs.set_index("seed")[["only_a", "only_b"]]
+    assert found.to_dict("index") == {0: {"only_a": 0, "only_b": 2}, 1: {"only_a": 2, "only_b": 0}}
+    best = pd.read_csv(tmp_path / "out/envelope.csv").query("radius == 0.5")
+    values = best.set_index(["method", "seed"])["value"].to_dict()
+    assert values == {("undefended", 0): 0.25, ("undefended", 1): 0.5, ("lora", 0): 0.25}
+    board = (tmp_path / "out/leaderboard.md").read_text()
+    build_tables(experiment, logs[:4], costs[:4], tmp_path / "first")
+    assert board == (tmp_path / "first/leaderboard.md").read_text()
 
 
 @pytest.mark.fault(

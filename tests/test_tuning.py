@@ -29,18 +29,32 @@ def with_grids(smoke_values):
     return parse_experiment(values, "mine.yaml")
 
 
+def of_methods(experiment, *names):
+    """`experiment` with these methods alone, so that few reports are all there are."""
+    methods = {name: experiment.methods[name] for name in names}
+    return experiment.model_copy(update={"methods": methods})
+
+
 def reports(folder, experiment, accuracies):
     paths = []
     for (method, rate), accuracy in accuracies.items():
         path = folder / f"{method}_{rate}.json"
-        report = {"method": f"{method}__lr_{rate}", "sigma": 0.5, "seed": 0}
+        point = {"method": f"{method}__lr_{rate}", "sigma": 0.5, "seed": 0}
+        report = {"experiment": experiment.name, **point}
         path.write_text(json.dumps({**report, "validation_accuracy": accuracy}))
         paths.append(path)
     return paths
 
 
+def rename(path, **names):
+    path.write_text(json.dumps(json.loads(path.read_text()) | names))
+
+
 def test_the_best_validation_accuracy_is_picked_and_ties_go_to_the_smaller_rate(smoke, tmp_path):
+    rates = smoke.tuning.model_copy(update={"learning_rates": [0.001, 0.003, 0.01]})
+    smoke = of_methods(smoke, "lora", "adapter").model_copy(update={"tuning": rates})
     found = {
+        ("lora", "0.01"): 0.1,
         ("lora", "0.003"): 0.8,
         ("lora", "0.001"): 0.7,
         ("adapter", "0.01"): 0.6,
@@ -107,7 +121,27 @@ def test_every_trial_has_the_budget_of_tuning_and_no_method_changes(with_grids, 
     assert len({with_grids.training_fingerprint(t, 0.5, 0) for t in trials}) == len(trials)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda paths: paths.pop(), "lora__lr_0.003 at sigma 0.5, seed 0 has no results yet"),
+        (lambda paths: paths.append(paths[0]), "is given more than once"),
+        (lambda paths: rename(paths[0], method="lora"), "lora__lr_0.001 at .* no results yet"),
+        (lambda paths: rename(paths[0], experiment="other"), "is of other, not of smoke"),
+    ],
+)
+def test_trials_that_are_missing_or_foreign_pick_nothing(change, said, smoke, tmp_path):
+    rates = smoke.tuning.model_copy(update={"learning_rates": [0.001, 0.003]})
+    only = of_methods(smoke, "lora").model_copy(update={"tuning": rates})
+    paths = reports(tmp_path, only, {("lora", "0.001"): 0.8, ("lora", "0.003"): 0.7})
+    change(paths)
+    with pytest.raises(BenchError, match=said):
+        build_tuning(only, paths, tmp_path / "tuning.csv")
+    assert not (tmp_path / "tuning.csv").exists()
+
+
 def test_size_and_rate_are_picked_together_and_ties_go_to_the_smaller_size(with_grids, tmp_path):
+    with_grids = of_methods(with_grids, "lora", "adapter")
     found = {
         ("lora", "0.001__r_8"): 0.8,
         ("lora", "0.003__r_8"): 0.9,
@@ -124,6 +158,11 @@ def test_size_and_rate_are_picked_together_and_ties_go_to_the_smaller_size(with_
     assert picked["size"].to_dict() == {"lora": "r = 8", "adapter": "bottleneck = 8"}
     assert picked["recorded"].to_dict() == {"lora": True, "adapter": False}
     assert advice == ["record methods.adapter.learning_rate: 1.000e-01 and bottleneck = 8"]
+    # The smaller size is the one of the larger rate.
+    found |= {("lora", "0.003__r_4"): 0.95, ("lora", "0.001__r_8"): 0.95}
+    build_tuning(with_grids, reports(tmp_path, with_grids, found), tmp_path / "t.csv")
+    table = pd.read_csv(tmp_path / "t.csv").query("picked").set_index("method")
+    assert table.loc["lora", ["size", "learning_rate"]].tolist() == ["r = 4", 0.003]
 
 
 @pytest.mark.parametrize(
