@@ -44,8 +44,8 @@ be as far above it. Beyond the cap: not even n equal votes certify that far. Wit
 pixels radii are compared as printed: one of PEFT is a seventh (CIFAR-10) of a rival's.
 `claims.csv` has the evidence and the source of each.
 """
-# Of weights that others trained.
-UNKNOWN = "cost unknown"
+# A cost is unknown of weights that others trained.
+UNKNOWN = "no ratio: a cost is unknown, or both are 0"
 BEYOND = "beyond the cap of n draws"
 Group = Annotated[list[Name], Field(min_length=1)]
 Cost = Literal[

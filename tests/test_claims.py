@@ -242,8 +242,12 @@ def test_a_cost_that_is_not_known_decides_nothing(tables):
     known = judge(tables, {**CHEAPER, "costs": ["training_flops"]})
     assert (known["verdict"], known["effect"]) == ("supported", 10)
     row = judge(tables, {**CHEAPER, "costs": ["training_flops + base_training_flops"]})
-    assert (row["verdict"], row["reason"]) == ("undecided", "cost unknown")
-    assert "| cost unknown |" in (tables.parents[2] / "claims.md").read_text()
+    why = "no ratio: a cost is unknown, or both are 0"
+    assert (row["verdict"], row["reason"]) == ("undecided", why)
+    assert f"| {why} |" in (tables.parents[2] / "claims.md").read_text()
+    cost["training_flops"] = 0
+    cost.to_csv(tables / "cost.csv", index=False)
+    assert judge(tables, {**CHEAPER, "costs": ["training_flops"]})["reason"] == why
 
 
 @pytest.mark.parametrize(
