@@ -192,9 +192,8 @@ def attack_method(
     attack = _attack_on(experiment, model, protocol, images, data)
     rows = attack_certificates(attack, images, log)
     write_log(rows.to_dict("records"), output)
-    how = {**names, **of_the_model, **_meaning(settings, protocol)}
-    how |= {"certificates_sha256": sha256_file(certificates), "n_images": len(log)}
-    how |= {"log_sha256": sha256_file(output)}
+    how = {**names, **of_the_model, **_meaning(settings, protocol), "n_images": len(log)}
+    how |= {"certificates_sha256": sha256_file(certificates), "log_sha256": sha256_file(output)}
     how |= {"seconds": time.perf_counter() - begin, **provenance(device)}
     write_json(output.with_suffix(".json"), how)
 

@@ -17,7 +17,7 @@ from bench.config import CertificationSettings, Experiment, NoiseResolution
 from bench.data import ImageSplit, load_data, spread
 from bench.errors import BenchError
 from bench.files import sha256_file, sha256_json, write_json
-from bench.memory import out_of_memory
+from bench.memory import out_of_memory, release_memory
 from bench.model_folder import (
     ClassifierSpec,
     check_identity,
@@ -106,13 +106,20 @@ def certify_method(
     Raises:
         BenchError: the model folder is another's, or there is no such shard.
     """
+    task = _task_of(experiment, method, sigma, seed, model, shard)
+    run_task(task, output, experiment.gpus_per_job)
+
+
+def _task_of(
+    experiment: Experiment, method: str, sigma: float, seed: int, model: Path, shard: int
+) -> Task:
+    """What is certified for an experiment, and how."""
     check_identity(model, identity_of(experiment, method, sigma, seed))
     spec = _spec_at(model, method, experiment.point(method).noise_resolution)
     data = resized(load_data(experiment.data), spec.noise_size)
-    settings = experiment.certification
+    settings, step = experiment.certification, experiment.radius_step
     wanted = spread(len(data.test.labels), settings.test_images)
-    step = experiment.radius_step
-    task = Task(
+    return Task(
         classifier=load_classifier(model),
         model_sha256=spec.answers_sha256,
         test=data.test,
@@ -129,7 +136,6 @@ def certify_method(
             "all_images_sha256": sha256_json(wanted.tolist()),
         },
     )
-    run_task(task, output, experiment.gpus_per_job)
 
 
 def _dealt(wanted: Tensor, shards: int, shard: int) -> Tensor:
@@ -175,6 +181,7 @@ def run_task(task: Task, output: Path, gpus: int = 0) -> pd.DataFrame:
                 rows = _certify_in_batches(task, size, images, journal)
             except RuntimeError as error:
                 _expect_smaller_batches_to_fit(error, size, journal)
+                release_memory()
                 continue
             _write_results(rows, meaning, device, output)
             return pd.DataFrame(rows)

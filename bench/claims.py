@@ -44,8 +44,7 @@ be as far above it. Beyond the cap: not even n equal votes certify that far. Wit
 pixels radii are compared as printed: one of PEFT is a seventh (CIFAR-10) of a rival's.
 `claims.csv` has the evidence and the source of each.
 """
-# A cost is unknown of weights that others trained.
-UNKNOWN = "no ratio: a cost is unknown, or both are 0"
+NO_RATIO = "no ratio: a cost is unknown, or both are 0"
 BEYOND = "beyond the cap of n draws"
 Group = Annotated[list[Name], Field(min_length=1)]
 Cost = Literal[
@@ -365,7 +364,7 @@ def _judged(name: str, claim: Claim, reading: Reading, results: list[Path]) -> d
         return row | {"verdict": "undecided", "reason": BEYOND, **nothing, **about}
     estimate = claim.rule.estimate(reading, ran)
     if np.isnan(estimate.effect):
-        return row | {"verdict": "undecided", "reason": UNKNOWN, **nothing, **about}
+        return row | {"verdict": "undecided", "reason": NO_RATIO, **nothing, **about}
     verdict = verdict_of(estimate.low, estimate.high, claim.rule.target())
     row |= {"verdict": verdict, "reason": "interval" if verdict == "undecided" else ""}
     if verdict == "contradicted" and claim.rule.out_of_reach(reading, ran):
@@ -521,7 +520,7 @@ def _line(row: pd.Series) -> str:
         needed = f"{row['lowest']:g} to {row['highest']:g}"
     if row["reason"] == "out of reach":
         needed += " (out of reach)"
-    if row["reason"] in (UNKNOWN, BEYOND):
+    if row["reason"] in (NO_RATIO, BEYOND):
         return f"| {row['text']} | {where} | {needed} | {row['reason']} | |"
     interval = "exact"
     if pd.notna(row["low"]):

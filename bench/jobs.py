@@ -322,18 +322,16 @@ def train(
     classifier.to(device)
     identity = identity_of(experiment, method, sigma, seed)
     record, cost = None, cost_report(None, {}, {})
-    if point.learning_rate is not None:
+    if (rate := point.learning_rate) is not None:
         starts = [read_spec(f).weights_sha256 for f in (base, denoiser) if f is not None]
         place = (folder, identity, data, settings, device)
         state = state_of(*place, starts, experiment.lender(method))
-        record, cost = _fit_classifier(
-            settings, classifier, data, point.objective, sigma, point.learning_rate, seed, state
-        )
+        how = (point.objective, sigma, rate, seed, state)
+        record, cost = _fit_classifier(settings, classifier, data, *how)
     adapter = classifier.network if hasattr(classifier.network, "merge_and_unload") else None
     spec = spec_of(experiment, data, point.parameterization, component, point.noise_resolution)
     merged = merge(classifier, adapter).eval()
-    cost = _certified_cost(cost, merged, data)
-    cost = route_cost(cost, point, base, denoiser, merged.denoiser)
+    cost = route_cost(_certified_cost(cost, merged, data), point, base, denoiser, merged.denoiser)
     report = training_report(record, device, data, settings.model_dump())
     report |= validation(merged, data, sigma, seed)
     save_model(folder, merged, spec, identity, cost, report, adapter)

@@ -1,11 +1,15 @@
-"""What memory running out looks like."""
+"""What memory running out looks like, and how to let go of it."""
+
+import gc
 
 import torch
 
-# Of the CPU's allocator, of CUDA where it makes its context or captures a graph, of Triton, cuBLAS
-# and cuDNN; the last where no convolution's workspace fits, since cuDNN then tries them all.
+# Of the CPU's allocator, of CUDA's where the compiler met it, of CUDA where it makes its context or
+# captures a graph, of Triton, cuBLAS and cuDNN; the last where no convolution's workspace fits,
+# since cuDNN then tries them all.
 WORDS = (
     "can't allocate memory",
+    "CUDA out of memory",
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "Triton Error [CUDA]: out of memory",
@@ -16,6 +20,20 @@ WORDS = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be allocated; of some, torch says so in words alone."""
+    """Whether memory could not be allocated; of some, torch says so in words alone.
+
+    An error that came of another one, such as that of a graph whose capture failed, counts as it.
+    """
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(words in str(error) for words in WORDS)
+    if isinstance(error, kinds) or any(words in str(error) for words in WORDS):
+        return True
+    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return earlier is not None and out_of_memory(earlier)
+
+
+def release_memory() -> None:
+    """Let go of compiled networks, of their graphs' memory and of what allocators keep."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

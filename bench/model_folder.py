@@ -141,16 +141,9 @@ def save_model(
     _check_finite(classifier, folder)
     if replicas.rank():
         return
-    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+    with locked(folder):
         (folder / "classifier.json").unlink(missing_ok=True)
-        partial = Path(scratch)
-        _write_weights(partial, classifier, adapter)
-        found = sha256_file(partial / "model.safetensors")
-        for name in ADAPTER_FILES:  # an earlier method's: this one may have none
-            (folder / name).unlink(missing_ok=True)
-        for path in partial.iterdir():
-            shutil.move(path, folder / path.name)
-            share(folder / path.name)
+        found = _replace_weights(folder, classifier, adapter)
         named = identity.model_dump()
         write_json(folder / "training.json", {**named, **training})
         write_json(folder / "cost.json", {**named, **cost})
@@ -163,6 +156,20 @@ def _check_finite(classifier: Classifier, folder: Path) -> None:
     broken = [name for name, p in classifier.named_parameters() if not bool(p.isfinite().all())]
     if broken:
         raise BenchError(f"{folder}: training left {broken[0]} not finite: lower learning_rate")
+
+
+def _replace_weights(folder: Path, classifier: Classifier, adapter: nn.Module | None) -> str:
+    """Write the weights into `folder` by renames; the sha256 of `model.safetensors`."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
+        partial = Path(scratch)
+        _write_weights(partial, classifier, adapter)
+        found = sha256_file(partial / "model.safetensors")
+        for name in ADAPTER_FILES:  # an earlier method's: this one may have none
+            (folder / name).unlink(missing_ok=True)
+        for path in partial.iterdir():
+            shutil.move(path, folder / path.name)
+            share(folder / path.name)
+    return found
 
 
 def _write_weights(partial: Path, classifier: Classifier, adapter: nn.Module | None) -> None:

@@ -40,8 +40,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers come from."""
-    return {name: version(name) for name in PACKAGES}
+    """Versions of the packages that numbers come from; on a GPU of cuDNN as well."""
+    found = {name: version(name) for name in PACKAGES}
+    if torch.cuda.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -83,12 +86,14 @@ def pick_precision(asked: str, device: torch.device) -> str:
 
 
 def pick_device(gpus: int = 0) -> torch.device:
-    """CUDA where there is one, else the CPU.
+    """CUDA where there is one, with matrix products of float32 in float32; else the CPU.
 
     Raises:
         BenchError: `gpus` says that the job was given one, and torch sees none.
     """
     if torch.cuda.is_available():
+        # Images of NVIDIA's containers set a variable that makes them TF32.
+        torch.set_float32_matmul_precision("highest")
         return torch.device("cuda")
     if gpus:
         raise BenchError(

@@ -37,8 +37,8 @@ UTILISATION = 0.4
 # Of a job beside what is counted: process start, imports, data, writing. What is left of
 # an earlier `quick` (14 min 41 s on 2 cores of a Xeon, revision 386b193), over its 71 jobs.
 JOB_SECONDS = 7.1
-# Enough for a steady clock, little enough to wait for.
-MEASURED_FLOPS = 2e10
+# Of a batch: enough for a steady clock, little enough to wait for.
+MEASURED_FLOPS = {"cpu": 2e10, "cuda": 2e13}
 MEASURED_SECONDS = 1.0
 # What a training or a certification imports.
 START = "import bench.certification, bench.jobs, peft, timm"
@@ -91,7 +91,8 @@ def measured_rate(experiment: Experiment) -> Rate:
     classifier = create_classifier(backbone, data.classes, data.shape[0]).to(device)
     classes_answered(classifier, torch.zeros(1, *data.shape, device=device), IMAGE_KEYS)
     flops = inference_flops(classifier.eval(), data.shape)
-    batch = int(min(experiment.training.batch_size, max(2, MEASURED_FLOPS // flops)))
+    wanted = MEASURED_FLOPS[device.type] // flops
+    batch = int(min(experiment.training.pass_size, max(2, wanted)))
     pixels = torch.rand(batch, *data.shape, device=device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     precision = pick_precision(experiment.training.precision, device)

@@ -71,8 +71,7 @@ def certify_anything(
     protocol = protocol_of(settings, name, sigma, 0, step, len(wanted))
     names: dict[str, Any] = {"model": model, "sigma": sigma, "seed": 0}
     task = Task(classifier, identity, test, classes, digest, wanted, protocol, settings, names)
-    log = run_task(task, output)
-    return certified_accuracy(log, protocol.radii)
+    return certified_accuracy(run_task(task, output), protocol.radii)
 
 
 def _settings(changes: dict[str, str], images: int) -> CertificationSettings:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # (clean images (B, C, H, W) in [0, 1], labels (B,), noise source, share of steps) -> scalar loss
 BatchLoss = Callable[[Tensor, Tensor, Generator, float], Tensor]
 CURVE_POINTS = 50
+NOISE_IMAGES = 500  # that noise is drawn for at once in a validation
 
 
 @dataclass(frozen=True)
@@ -262,15 +263,10 @@ def fit(
     run = _start(module, settings, learning_rate, seed, after_step, state)
     device = run.noise.device
     before, begin = run.seconds, time.perf_counter()
-    precision = pick_precision(settings.precision, device)
     batches = batch_positions(split, settings.batch_size, settings.steps, seed)
     left = islice(batches, run.step, None)
     for batch in track(left, settings.steps - run.step, "training"):
-        positions = replicas.share(batch)
-        images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
-        if settings.augmentation == "crop_and_flip":
-            images = crop_and_flip(images, run.noise)
-        _step(run, loss, images, labels, settings)
+        _step(run, loss, split, replicas.share(batch), settings)
         run.seconds = before + time.perf_counter() - begin
         if state is not None and replicas.agreed(state.due):
             state.save(run.state_dict())
@@ -279,7 +275,7 @@ def fit(
         seconds=run.seconds * replicas.count(),
         peak_memory_bytes=max(run.peak_memory_bytes, peak_memory(device)),
         loss_curve=run.curve,
-        precision=precision,
+        precision=pick_precision(settings.precision, device),
         sittings=run.sittings,
     )
 
@@ -287,11 +283,15 @@ def fit(
 def _step(
     run: _Run,
     loss: BatchLoss,
-    images: Tensor,
-    labels: Tensor,
+    split: ImageSplit,
+    positions: Tensor,
     settings: TrainingSettings,
 ) -> None:
-    """One step of the optimizer; a point of the loss curve now and then."""
+    """One step of the optimizer on a batch; a point of the loss curve now and then."""
+    device = run.noise.device
+    images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
+    if settings.augmentation == "crop_and_flip":
+        images = crop_and_flip(images, run.noise)
     steps, [group] = settings.steps, run.optimizer.param_groups
     share = (run.step + 1) / steps
     value = accumulate_gradients(loss, images, labels, run.noise, share, settings)
@@ -317,11 +317,15 @@ def _finite(value: float, step: int, learning_rate: float) -> float:
 
 @torch.inference_mode()
 def accuracy(
-    classifier: nn.Module, split: ImageSplit, sigma: float = 0.0, seed: int = 0, batch: int = 500
+    classifier: nn.Module,
+    split: ImageSplit,
+    sigma: float = 0.0,
+    seed: int = 0,
+    batch: int = NOISE_IMAGES,
 ) -> float:
     """Share of `split` classified correctly under one noise draw of `sigma` per image.
 
-    Batches that do not fit into memory are halved.
+    Batches that do not fit into memory are halved, which changes no noise.
     """
     try:
         return _accuracy(classifier, split, sigma, seed, batch)
@@ -337,11 +341,11 @@ def _accuracy(
     device = next(classifier.parameters()).device
     noise = torch.Generator(device).manual_seed(seed)
     hits = 0
-    for positions in torch.arange(len(split.labels)).split(batch):
+    for positions in torch.arange(len(split.labels)).split(NOISE_IMAGES):
         images = split.batch(positions).to(device)
         if sigma:
             images = images + sigma * torch.randn(images.shape, generator=noise, device=device)
-        answers = classifier(images).cpu()
+        answers = torch.cat([classifier(part).cpu() for part in images.split(batch)])
         # Where some logit is not a number, argmax names it: that is no answer.
         right = (answers.argmax(1) == split.labels[positions]) & answers.isfinite().all(1)
         hits += int(right.sum())

@@ -70,7 +70,6 @@ class TrainingState:
 
     def save(self, state: dict[str, Any]) -> None:
         """Save a state of tensors, numbers, texts, lists and dicts, if this process leads."""
-        self._saved = time.monotonic()
         if replicas.rank():
             return
         tensors: dict[str, Tensor] = {}
@@ -78,6 +77,8 @@ class TrainingState:
         described = {"meaning": self.meaning, "state": text, "sha256": _digest(text, tensors)}
         with atomic_write(self.path) as temporary:
             save_file(tensors, temporary, metadata=described)
+        # After it: where saving takes long, not every step saves.
+        self._saved = time.monotonic()
 
 
 def discard_state(folder: Path) -> None:

@@ -201,6 +201,19 @@ def test_the_coordinator_starts_as_the_identity_with_decorrelated_maps():
     assert torch.allclose(wiener(noisy, 3, 0.0), noisy, atol=1e-5)
 
 
+def test_the_coordinator_is_whole_on_another_device():
+    coordinator = Coordinator(1, 28, 28, 0.5).to("meta")
+    assert coordinator(torch.empty(2, 1, 28, 28, device="meta")).is_meta
+
+
+def test_local_means_and_variances_are_those_of_mirrored_windows():
+    planes = torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    windows = F.unfold(F.pad(planes, (2, 2, 2, 2), mode="reflect"), 5).view(2, 25, 6, 6)
+    mean, variance = windows.mean(1, keepdim=True), windows.var(1, keepdim=True, correction=0)
+    expected = mean + (1 - 0.04 / variance).clamp(min=0) * (planes - mean)
+    torch.testing.assert_close(wiener(planes, 5, 0.2), expected)
+
+
 @contextmanager
 def served(app) -> Iterator[str]:
     """The address of a uvicorn that runs `app` on this machine."""

@@ -293,9 +293,13 @@ def test_no_changed_byte_of_the_votes_reaches_a_certificate(tmp_path, whole):
     stage="certify",
     outcome="batches are halved until they fit; the log is that of a run with such batches",
 )
-def test_batches_are_halved_until_they_fit(tmp_path):
+def test_batches_are_halved_until_they_fit(tmp_path, monkeypatch):
+    released = []
+    monkeypatch.setattr("bench.memory.torch.compiler.reset", lambda: released.append(True))
     asked, small = Stripes(fits=100), tmp_path / "small.tsv"
     run_task(task(asked), tmp_path / "log.tsv")
+    # What was compiled for 256 and 128 images is let go of.
+    assert len(released) == 2
     run_task(task(batch_size=64), small)
     logs, sidecars = [], []
     for path in (tmp_path / "log.tsv", small):
@@ -671,6 +675,29 @@ def test_an_answer_that_is_not_a_number_is_wrong():
     assert accuracy(Stripes(wrong=float("nan")), test) == 0.0
 
 
+def of_another(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
+def test_a_validation_in_halves_sees_the_noise_of_a_whole_one():
+    class Seen(Stripes):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            answers = super().forward(pixels)
+            seen.append(pixels)
+            return answers
+
+    split = ArraySplit(torch.zeros(1100, 1, 3, 3, dtype=torch.uint8), torch.zeros(1100).long())
+    inputs = []
+    for fits in (500, 130):
+        seen: list[torch.Tensor] = []
+        accuracy(Seen(fits), split, sigma=0.5)
+        inputs.append(torch.cat(seen))
+        assert len(seen[-1]) == 100  # of 1,100, in any case
+        assert len(seen) == {500: 3, 130: 9}[fits]
+    assert torch.equal(*inputs)
+
+
 @pytest.mark.fault(
     fault="out of memory",
     stage="pretrain, train",
@@ -682,6 +709,8 @@ def test_an_answer_that_is_not_a_number_is_wrong():
         torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError("no"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"),
+        RuntimeError("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
+        of_another(RuntimeError("CUDA error: operation failed"), torch.OutOfMemoryError("no")),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )

@@ -21,6 +21,7 @@ from bench.objectives import OBJECTIVES
 from bench.objectives.noise import Batch
 from bench.parameterizations import adapt
 from bench.plan import Draws, build_plan, draws_at, plan, savings, stage_totals
+from bench.provenance import pick_precision
 from bench.rates import JOB_SECONDS, PEAKS, UTILISATION, Rate, datasheet_rate, stated_rate
 from bench.smoothing.protocol import Protocol
 from bench.weightless import follow, for_inference, without_weights
@@ -255,6 +256,22 @@ def test_draws_are_exact_where_chance_has_no_part():
     assert expected.expected_draws(protocol(), sure) == right + 100
 
 
+@pytest.mark.parametrize(
+    ("mode", "candidate", "fixed"),
+    [
+        ("decide", "pilot", 64 + 32),
+        ("decide", "label", 64),
+        ("radius", "label", 64 + 32),
+        ("predict", "pilot", 64),
+    ],
+)
+def test_a_fixed_number_has_a_pilot_where_there_is_one(smoke, mode, candidate, fixed):
+    update = {"mode": mode, "candidate": candidate}
+    settings = smoke.certification.model_copy(update=update)
+    asked = smoke.model_copy(update={"certification": settings})
+    assert draws_at(asked, 0.5).fixed == fixed
+
+
 def test_easier_images_and_coarser_grids_take_fewer_draws():
     easy, hard = np.array([0.99]), np.array([0.86])
     assert expected.expected_draws(protocol(), easy) < expected.expected_draws(protocol(), hard)
@@ -394,7 +411,11 @@ def test_a_measured_rate_is_of_this_machine_and_its_own_passes(smoke, monkeypatc
     monkeypatch.setattr(rates, "START", "pass")
     ticks = itertools.count()
     monkeypatch.setattr(rates.time, "perf_counter", lambda: float(next(ticks)))
-    rate = rates.measured_rate(smoke)
+    automatic = pick_precision("auto", torch.device("cpu"))
+    [other] = {"float32", "bfloat16"} - {automatic}
+    training = smoke.training.model_copy(update={"precision": other})
+    rate = rates.measured_rate(smoke.model_copy(update={"training": training}))
+    assert rate.precision == automatic
     data = describe(smoke.data)
     network = create_classifier(smoke.backbone, data.classes, data.shape[0])
     flops = inference_flops(network.eval(), data.shape)

@@ -137,7 +137,8 @@ def test_a_training_whose_process_was_killed_is_finished_by_a_rerun(tmp_path):
         folder.mkdir()
     killed = launch("-c", PROGRAM, "train_noisily", parts, "3")
     assert killed.returncode == 1
-    assert "exitcode: -9" in killed.stderr
+    # Which of the two ends the launcher sees first.
+    assert re.search("exitcode: -9|another process of this training has ended", killed.stderr)
     assert not (parts / "0").exists()
     for folder in (whole, parts):
         done = launch("-c", PROGRAM, "train_noisily", folder, str(STEPS))

@@ -47,12 +47,12 @@ def done(tmp_path_factory: pytest.TempPathFactory, fetched: Path) -> Path:
 
 
 @pytest.mark.fault(
-    fault="kill -9 at random moments",
+    fault="kill -9 as jobs start and end",
     stage="every stage but attacks, with Snakemake",
     outcome="a rerun completes with the same tables",
 )
-def test_kills_at_random_moments_change_nothing(untouched, done):
-    """As a job starts or ends, the other core is in the middle of one as a rule."""
+def test_kills_as_jobs_start_and_end_change_nothing(untouched, done):
+    """The other core may be in the middle of one then; `test_faults.py` kills jobs anywhere."""
     chance = random.Random(20261123)
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *SMOKE]
     for _ in range(3):

@@ -105,6 +105,13 @@ def test_adaptive_modes_draw_less(mode):
     assert np.mean([row["samples"] for row in found]) < 0.6 * 10_100
 
 
+def test_other_devices_fill_their_noise_in_one_stream(monkeypatch):
+    """Threads have CUDA streams of their own; numbers that are none would cost votes."""
+    monkeypatch.setattr("bench.smoothing.noise.ThreadPoolExecutor", pytest.fail)
+    draws = standard_normal(torch.empty(3, dtype=torch.uint64, device="meta"), SHAPE)
+    assert (draws.shape, draws.is_meta) == ((3 * BLOCK, *SHAPE), True)
+
+
 class Biased(nn.Module):
     """Votes class 0 with probability exactly p under noise: threshold on one pixel."""
 

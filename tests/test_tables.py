@@ -290,6 +290,11 @@ def test_a_foreign_log_is_refused(tmp_path: Path, results: Results) -> None:
         build_tables(*results, tmp_path / "tables")
 
 
+@pytest.mark.fault(
+    fault="log or cost of another experiment",
+    stage="tables",
+    outcome="refused: names the file",
+)
 @pytest.mark.parametrize("kind", [0, 1])
 @pytest.mark.parametrize("experiment", ["other", None])
 def test_a_file_of_another_experiment_is_refused(tmp_path, results, kind, experiment):
@@ -305,8 +310,21 @@ def test_a_file_of_another_experiment_is_refused(tmp_path, results, kind, experi
         build_tables(*results, tmp_path / "tables")
 
 
+@pytest.mark.fault(
+    fault="logs of several protocols",
+    stage="tables",
+    outcome="refused: names the key and two methods",
+)
 @pytest.mark.parametrize(
-    ("key", "value"), [("mode", "decide"), ("n", 99), ("alpha", 0.01), ("candidate", "label")]
+    ("key", "value"),
+    [
+        ("mode", "decide"),
+        ("n0", 9),
+        ("n", 99),
+        ("alpha", 0.01),
+        ("candidate", "label"),
+        ("family_size", 3),
+    ],
 )
 def test_logs_of_several_protocols_are_refused(tmp_path, results, key, value):
     sidecar = results[1][0].with_suffix(".json")

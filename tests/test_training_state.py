@@ -135,11 +135,18 @@ def test_states_are_saved_now_and_then(tmp_path, monkeypatch):
     now, saved = [0.0], []
     monkeypatch.setattr("bench.training_state.time", SimpleNamespace(monotonic=lambda: now[0]))
     state = TrainingState(tmp_path, "own")
-    for now[0] in (119.0, 120.0, 121.0, 239.0, 240.0):
+
+    def slow_disk(tensors, path, metadata):
+        now[0] += 100
+        path.touch()
+
+    monkeypatch.setattr("bench.training_state.save_file", slow_disk)
+    for step in (119.0, 120.0, 221.0, 339.0, 340.0, 441.0):
+        now[0] = step
         if state.due:
-            saved.append(now[0])
+            saved.append(step)
             state.save({})
-    assert saved == [120.0, 240.0]
+    assert saved == [120.0, 340.0]
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "garbage"])

@@ -40,7 +40,8 @@ class Coordinator(nn.Module):
         super().__init__()
         self.sigma = sigma
         maps = channels * (len(BLURS) + len(WINDOWS))
-        self.blurs = [gaussian(std) for std in BLURS]
+        for place, std in enumerate(BLURS):
+            self.register_buffer(f"blur_{place}", gaussian(std), persistent=False)
         self.register_buffer("whitening", torch.eye(maps))
         self.decoder = nn.Conv2d(maps, channels, 1)
         nn.init.zeros_(self.decoder.weight)
@@ -68,7 +69,8 @@ class Coordinator(nn.Module):
     def changes(self, noisy: Tensor) -> Tensor:
         """Estimates of the clean image minus the noisy one, `(B, maps, H, W)`."""
         planes = noisy.flatten(0, 1)[:, None]
-        estimates = [convolve(planes, kernel) for kernel in self.blurs]
+        blurs = [self.get_buffer(f"blur_{place}") for place in range(len(BLURS))]
+        estimates = [convolve(planes, kernel) for kernel in blurs]
         estimates += [wiener(planes, side, self.sigma) for side in WINDOWS]
         # Clean pixels lie in [0, 1], so an estimate may be clamped where the noise may not.
         stacked = torch.cat(estimates, 1).clamp(0, 1) - planes
@@ -85,13 +87,18 @@ def gaussian(std: float) -> Tensor:
 
 def convolve(planes: Tensor, kernel: Tensor) -> Tensor:
     """`(N, 1, H, W)` convolved with an odd kernel, edges mirrored."""
-    padded = F.pad(planes, (kernel.shape[-1] // 2,) * 4, mode="reflect")
-    return F.conv2d(padded, kernel.to(planes))
+    return F.conv2d(mirrored(planes, kernel.shape[-1] // 2), kernel)
+
+
+def mirrored(planes: Tensor, reach: int) -> Tensor:
+    """`(N, 1, H, W)` with `reach` mirrored pixels beyond each edge."""
+    return F.pad(planes, (reach,) * 4, mode="reflect")
 
 
 def wiener(planes: Tensor, side: int, sigma: float) -> Tensor:
     """The local linear estimate: mean + max(var - sigma^2, 0) / var * (pixel - mean)."""
-    box = torch.full((1, 1, side, side), 1 / side**2)
-    mean = convolve(planes, box)
-    variance = (convolve(planes**2, box) - mean**2).clamp(min=1e-6)
+    # No convolutions: on GPUs they round to TF32, and this is a difference of large numbers.
+    around = mirrored(planes, side // 2)
+    mean = F.avg_pool2d(around, side, stride=1)
+    variance = (F.avg_pool2d(around**2, side, stride=1) - mean**2).clamp(min=1e-6)
     return mean + (1 - sigma**2 / variance).clamp(min=0) * (planes - mean)

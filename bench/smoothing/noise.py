@@ -34,7 +34,11 @@ def standard_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     """
     pairs = torch.stack([keys, torch.zeros_like(keys)], dim=1)
     draws = torch.empty(len(keys), BLOCK * shape[0] * shape[1] * shape[2], device=keys.device)
-    parts = torch.get_num_threads() if keys.device.type == "cpu" else 1
+    if keys.device.type != "cpu":
+        # In the caller's stream. CUDA's fast logarithm may be above 0 next to 1, and its root NaN.
+        _fill(draws, pairs[:, None])
+        return draws.nan_to_num_(nan=0.0).view(len(keys) * BLOCK, *shape)
+    parts = torch.get_num_threads()
     work = [*zip(draws.tensor_split(parts), pairs[:, None].tensor_split(parts), strict=True)]
     # The operator runs on one thread, and would be most of the time beside a network on many.
     with ThreadPoolExecutor(parts) as pool:
