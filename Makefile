@@ -40,7 +40,7 @@ test: lint
 test-slow: $(READY)
 	$(RUN) pytest -m slow
 
-# Ratios within one run, for a quiet machine; half an hour on 2 cores.
+# Ratios within one run, for a quiet machine: half an hour on a CPU with AMX, two hours in float32.
 benchmark: $(READY)
 	$(RUN) pip install --quiet -c requirements.lock -e '.[benchmark]'
 	$(RUN) pytest -o addopts= tests/benchmarks --benchmark-only --benchmark-json results/benchmarks.json
