@@ -5,7 +5,9 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -85,6 +87,33 @@ def batch_positions(split: ImageSplit, batch_size: int, steps: int, seed: int) -
             queue = torch.cat([queue, torch.randperm(count, generator=generator)])
         yield queue[:batch_size]
         queue = queue[batch_size:]
+
+
+def read_ahead(
+    split: ImageSplit, batches: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels of each batch on `device`; the next is read while one is trained on.
+
+    Decoding a batch of photographs takes longer than a GPU's step.
+    """
+
+    def read(positions: Tensor) -> tuple[Tensor, Tensor]:
+        images = split.batch(positions)
+        return images.pin_memory() if device.type == "cuda" else images, split.labels[positions]
+
+    coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
+
+    def first() -> tuple[Tensor, Tensor]:
+        images, labels = coming.popleft().result()
+        return images.to(device, non_blocking=True), labels.to(device)
+
+    with ThreadPoolExecutor(1) as pool:
+        for positions in batches:
+            coming.append(pool.submit(read, positions))
+            if len(coming) > 1:
+                yield first()
+        while coming:
+            yield first()
 
 
 def _schedule(settings: Cosine | Step, steps: int) -> Callable[[int], float]:
@@ -264,9 +293,10 @@ def fit(
     device = run.noise.device
     before, begin = run.seconds, time.perf_counter()
     batches = batch_positions(split, settings.batch_size, settings.steps, seed)
-    left = islice(batches, run.step, None)
-    for batch in track(left, settings.steps - run.step, "training"):
-        _step(run, loss, split, replicas.share(batch), settings)
+    shares = map(replicas.share, islice(batches, run.step, None))
+    read = read_ahead(split, shares, device)
+    for images, labels in track(read, settings.steps - run.step, "training"):
+        _step(run, loss, images, labels, settings)
         run.seconds = before + time.perf_counter() - begin
         if state is not None and replicas.agreed(state.due):
             state.save(run.state_dict())
@@ -283,13 +313,11 @@ def fit(
 def _step(
     run: _Run,
     loss: BatchLoss,
-    split: ImageSplit,
-    positions: Tensor,
+    images: Tensor,
+    labels: Tensor,
     settings: TrainingSettings,
 ) -> None:
     """One step of the optimizer on a batch; a point of the loss curve now and then."""
-    device = run.noise.device
-    images, labels = split.batch(positions).to(device), split.labels[positions].to(device)
     if settings.augmentation == "crop_and_flip":
         images = crop_and_flip(images, run.noise)
     steps, [group] = settings.steps, run.optimizer.param_groups

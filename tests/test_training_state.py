@@ -18,9 +18,10 @@ from torch import nn
 
 from bench.config import Sgd, TrainingSettings, parse_experiment
 from bench.data import ArraySplit
+from bench.errors import BenchError
 from bench.jobs import pretrain, state_of
 from bench.model_folder import Identity
-from bench.training import batch_positions, fit
+from bench.training import batch_positions, fit, read_ahead
 from bench.training_state import FILES, TrainingState, discard_state
 
 STEPS = 8
@@ -252,3 +253,30 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
     assert seen[:10] != seen[10:]
     assert batches == [list(map(int, b)) for b in batch_positions(split, 4, 5, seed=3)]
     assert batches != [list(map(int, b)) for b in batch_positions(split, 4, 5, seed=4)]
+
+
+def test_a_batch_is_read_while_the_one_before_is_trained_on():
+    split = ArraySplit(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.arange(6))
+    asked = []
+
+    def batches():
+        for positions in torch.arange(6).split(2):
+            asked.append(positions.tolist())
+            yield positions
+
+    read = read_ahead(split, batches(), torch.device("cpu"))
+    for step, (images, labels) in enumerate(read):
+        assert asked == [[0, 1], [2, 3], [4, 5]][: step + 2]
+        assert labels.tolist() == [2 * step, 2 * step + 1]
+        assert torch.equal(images.flatten(), labels / 255)
+    assert step == 2
+
+
+def test_an_image_that_cannot_be_read_ends_the_reading():
+    class Broken(ArraySplit):
+        def batch(self, positions):
+            raise BenchError("cannot be read")
+
+    split = Broken(torch.zeros(2, 1, 1, 1), torch.zeros(2))
+    with pytest.raises(BenchError, match="cannot be read"):
+        next(read_ahead(split, torch.arange(2).split(1), torch.device("cpu")))
