@@ -181,10 +181,11 @@ def run_task(task: Task, output: Path, gpus: int = 0) -> pd.DataFrame:
                 rows = _certify_in_batches(task, size, images, journal)
             except RuntimeError as error:
                 _expect_smaller_batches_to_fit(error, size, journal)
-                release_memory()
-                continue
-            _write_results(rows, meaning, device, output)
-            return pd.DataFrame(rows)
+            else:
+                _write_results(rows, meaning, device, output)
+                return pd.DataFrame(rows)
+        # Not while the error lives, whose traceback holds what did not fit.
+        release_memory()
     raise BenchError(f"{device} is out of memory even for batches of {size}: free some and rerun")
 
 

@@ -25,10 +25,15 @@ def out_of_memory(error: BaseException) -> bool:
     An error that came of another one, such as that of a graph whose capture failed, counts as it.
     """
     kinds = (MemoryError, torch.OutOfMemoryError)
-    if isinstance(error, kinds) or any(words in str(error) for words in WORDS):
-        return True
-    earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return earlier is not None and out_of_memory(earlier)
+    seen: list[BaseException] = []
+    earlier: BaseException | None = error
+    while earlier is not None and earlier not in seen:
+        if isinstance(earlier, kinds) or any(words in str(earlier) for words in WORDS):
+            return True
+        seen.append(earlier)
+        hidden = earlier.__suppress_context__
+        earlier = earlier.__cause__ or (None if hidden else earlier.__context__)
+    return False
 
 
 def release_memory() -> None:

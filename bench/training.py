@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -89,31 +89,31 @@ def batch_positions(split: ImageSplit, batch_size: int, steps: int, seed: int) -
         queue = queue[batch_size:]
 
 
+@contextlib.contextmanager
 def read_ahead(
     split: ImageSplit, batches: Iterable[Tensor], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
     """Images and labels of each batch on `device`; the next is read while one is trained on.
 
     Decoding a batch of photographs takes longer than a GPU's step.
     """
 
-    def read(positions: Tensor) -> tuple[Tensor, Tensor]:
-        images = split.batch(positions)
-        return images.pin_memory() if device.type == "cuda" else images, split.labels[positions]
+    def read(positions: Tensor) -> list[Tensor]:
+        found = [split.batch(positions), split.labels[positions]]
+        # The GPU then copies them in its own time.
+        return [part.pin_memory() for part in found] if device.type == "cuda" else found
 
-    coming: deque[Future[tuple[Tensor, Tensor]]] = deque()
-
-    def first() -> tuple[Tensor, Tensor]:
-        images, labels = coming.popleft().result()
-        return images.to(device, non_blocking=True), labels.to(device)
+    def in_order(pool: ThreadPoolExecutor) -> Iterator[tuple[Tensor, Tensor]]:
+        coming: deque[Future[list[Tensor]]] = deque()
+        for positions in chain(batches, [None]):
+            if positions is not None:
+                coming.append(pool.submit(read, positions))
+            while len(coming) > (positions is not None):
+                images, labels = coming.popleft().result()
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     with ThreadPoolExecutor(1) as pool:
-        for positions in batches:
-            coming.append(pool.submit(read, positions))
-            if len(coming) > 1:
-                yield first()
-        while coming:
-            yield first()
+        yield in_order(pool)
 
 
 def _schedule(settings: Cosine | Step, steps: int) -> Callable[[int], float]:
@@ -294,12 +294,12 @@ def fit(
     before, begin = run.seconds, time.perf_counter()
     batches = batch_positions(split, settings.batch_size, settings.steps, seed)
     shares = map(replicas.share, islice(batches, run.step, None))
-    read = read_ahead(split, shares, device)
-    for images, labels in track(read, settings.steps - run.step, "training"):
-        _step(run, loss, images, labels, settings)
-        run.seconds = before + time.perf_counter() - begin
-        if state is not None and replicas.agreed(state.due):
-            state.save(run.state_dict())
+    with read_ahead(split, shares, device) as read:
+        for images, labels in track(read, settings.steps - run.step, "training"):
+            _step(run, loss, images, labels, settings)
+            run.seconds = before + time.perf_counter() - begin
+            if state is not None and replicas.agreed(state.due):
+                state.save(run.state_dict())
     return TrainingRecord(
         images=settings.images_seen,
         seconds=run.seconds * replicas.count(),
@@ -370,10 +370,12 @@ def _accuracy(
     noise = torch.Generator(device).manual_seed(seed)
     hits = 0
     for positions in torch.arange(len(split.labels)).split(NOISE_IMAGES):
-        images = split.batch(positions).to(device)
+        images = split.batch(positions)
+        drawn = torch.zeros(images.shape, device=device)
         if sigma:
-            images = images + sigma * torch.randn(images.shape, generator=noise, device=device)
-        answers = torch.cat([classifier(part).cpu() for part in images.split(batch)])
+            drawn = sigma * torch.randn(images.shape, generator=noise, device=device)
+        pairs = zip(images.split(batch), drawn.split(batch), strict=True)
+        answers = torch.cat([classifier(part.to(device) + more).cpu() for part, more in pairs])
         # Where some logit is not a number, argmax names it: that is no answer.
         right = (answers.argmax(1) == split.labels[positions]) & answers.isfinite().all(1)
         hits += int(right.sum())

@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -121,6 +122,7 @@ class Stripes(Classifier):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if len(pixels) > self.fits:
+            self.refused = weakref.ref(pixels)
             raise torch.OutOfMemoryError("CUDA out of memory.")
         self.calls += 1
         score = pixels.flatten(1).mean(1) - 0.5
@@ -295,11 +297,15 @@ def test_no_changed_byte_of_the_votes_reaches_a_certificate(tmp_path, whole):
 )
 def test_batches_are_halved_until_they_fit(tmp_path, monkeypatch):
     released = []
-    monkeypatch.setattr("bench.memory.torch.compiler.reset", lambda: released.append(True))
+
+    def reset() -> None:
+        released.append(asked.refused())  # the batch that did not fit, unless nothing holds it
+
+    monkeypatch.setattr("bench.memory.torch.compiler.reset", reset)
     asked, small = Stripes(fits=100), tmp_path / "small.tsv"
     run_task(task(asked), tmp_path / "log.tsv")
-    # What was compiled for 256 and 128 images is let go of.
-    assert len(released) == 2
+    # Of 256, then of 128 images.
+    assert released == [None, None]
     run_task(task(batch_size=64), small)
     logs, sidecars = [], []
     for path in (tmp_path / "log.tsv", small):
@@ -675,11 +681,6 @@ def test_an_answer_that_is_not_a_number_is_wrong():
     assert accuracy(Stripes(wrong=float("nan")), test) == 0.0
 
 
-def of_another(error: Exception, cause: Exception) -> Exception:
-    error.__context__ = cause
-    return error
-
-
 def test_a_validation_in_halves_sees_the_noise_of_a_whole_one():
     class Seen(Stripes):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -696,6 +697,11 @@ def test_a_validation_in_halves_sees_the_noise_of_a_whole_one():
         assert len(seen[-1]) == 100  # of 1,100, in any case
         assert len(seen) == {500: 3, 130: 9}[fits]
     assert torch.equal(*inputs)
+
+
+def of_another(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
 
 
 @pytest.mark.fault(

@@ -21,7 +21,7 @@ from bench.errors import BenchError
 from bench.smoothing import Protocol, certify, reachable_radii, rules
 from bench.smoothing.bounds import certified_radius, p_a_lower, radius_cap
 from bench.smoothing.journal import Journal, checked
-from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
+from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal, without_nan
 from bench.smoothing.rules import plan_of
 from bench.smoothing.voting import count_votes, items_of
 
@@ -106,10 +106,15 @@ def test_adaptive_modes_draw_less(mode):
 
 
 def test_other_devices_fill_their_noise_in_one_stream(monkeypatch):
-    """Threads have CUDA streams of their own; numbers that are none would cost votes."""
+    """Threads have CUDA streams of their own."""
     monkeypatch.setattr("bench.smoothing.noise.ThreadPoolExecutor", pytest.fail)
     draws = standard_normal(torch.empty(3, dtype=torch.uint64, device="meta"), SHAPE)
     assert (draws.shape, draws.is_meta) == ((3 * BLOCK, *SHAPE), True)
+
+
+def test_numbers_that_are_none_become_0_and_infinite_ones_stay():
+    draws = without_nan(torch.tensor([np.nan, np.inf, -np.inf, 0.5]))
+    assert draws.tolist() == [0.0, np.inf, -np.inf, 0.5]
 
 
 class Biased(nn.Module):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -256,20 +257,28 @@ def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
 
 
 def test_a_batch_is_read_while_the_one_before_is_trained_on():
-    split = ArraySplit(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.arange(6))
-    asked = []
+    begun = [threading.Event() for _ in range(3)]
 
-    def batches():
-        for positions in torch.arange(6).split(2):
-            asked.append(positions.tolist())
-            yield positions
+    class Watched(ArraySplit):
+        def batch(self, positions):
+            begun[int(positions[0]) // 2].set()
+            return super().batch(positions)
 
-    read = read_ahead(split, batches(), torch.device("cpu"))
-    for step, (images, labels) in enumerate(read):
-        assert asked == [[0, 1], [2, 3], [4, 5]][: step + 2]
-        assert labels.tolist() == [2 * step, 2 * step + 1]
-        assert torch.equal(images.flatten(), labels / 255)
+    split = Watched(torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.arange(6))
+    with read_ahead(split, torch.arange(6).split(2), torch.device("cpu")) as read:
+        for step, (images, labels) in enumerate(read):
+            assert begun[min(step + 1, 2)].wait(timeout=60)
+            assert labels.tolist() == [2 * step, 2 * step + 1]
+            assert torch.equal(images.flatten(), labels / 255)
     assert step == 2
+
+
+def test_a_training_that_fails_leaves_no_thread():
+    before = threading.active_count()
+    with pytest.raises(Interrupted) as kept:
+        run(ADAMW, stop=2)
+    assert kept.value.__traceback__ is not None
+    assert threading.active_count() == before
 
 
 def test_an_image_that_cannot_be_read_ends_the_reading():
@@ -278,5 +287,6 @@ def test_an_image_that_cannot_be_read_ends_the_reading():
             raise BenchError("cannot be read")
 
     split = Broken(torch.zeros(2, 1, 1, 1), torch.zeros(2))
-    with pytest.raises(BenchError, match="cannot be read"):
-        next(read_ahead(split, torch.arange(2).split(1), torch.device("cpu")))
+    with read_ahead(split, torch.arange(2).split(1), torch.device("cpu")) as read:
+        with pytest.raises(BenchError, match="cannot be read"):
+            next(read)

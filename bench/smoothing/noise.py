@@ -35,9 +35,8 @@ def standard_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
     pairs = torch.stack([keys, torch.zeros_like(keys)], dim=1)
     draws = torch.empty(len(keys), BLOCK * shape[0] * shape[1] * shape[2], device=keys.device)
     if keys.device.type != "cpu":
-        # In the caller's stream. CUDA's fast logarithm may be above 0 next to 1, and its root NaN.
-        _fill(draws, pairs[:, None])
-        return draws.nan_to_num_(nan=0.0).view(len(keys) * BLOCK, *shape)
+        _fill(draws, pairs[:, None])  # in the caller's stream, which threads do not have
+        return without_nan(draws).view(len(keys) * BLOCK, *shape)
     parts = torch.get_num_threads()
     work = [*zip(draws.tensor_split(parts), pairs[:, None].tensor_split(parts), strict=True)]
     # The operator runs on one thread, and would be most of the time beside a network on many.
@@ -50,3 +49,11 @@ def standard_normal(keys: Tensor, shape: Sequence[int]) -> Tensor:
 def _fill(draws: Tensor, keys: Tensor) -> None:
     if len(draws):
         torch.ops.aten._philox_normal_(draws, keys)
+
+
+def without_nan(draws: Tensor) -> Tensor:
+    """`draws` with 0, which is next to what they stand for, where CUDA left NaN.
+
+    Its fast logarithm may be above 0 next to 1, and the root of minus that is none.
+    """
+    return draws.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
