@@ -36,12 +36,13 @@ CURVES = "certified_accuracy.csv"
 INTRODUCTION = """
 Accuracies are shares, radii l2 in [0, 1] pixels. Differences are the method minus its rival, ratios
 the rival's cost over the method's. Where a claim names several methods or rivals, the best of each
-counts and stands beside the number. `paper`: the experiment of the
-paper; `transferred`: a like claim on another, no verdict on the paper's numbers. Every reading is
-judged by itself at 95 %, uncorrected for their number; an interval over the images of one seed
-leaves the randomness of training out. Out of reach: the rival is so good that no classifier could
-be as far above it. Beyond the cap: not even n equal votes certify that far. With noise at 224
-pixels radii are compared as printed: one of PEFT is a seventh (CIFAR-10) of a rival's.
+counts and stands beside the number. `paper`: the experiment of the paper; `transferred`: a like
+claim on another, no verdict on the paper's numbers. Every reading is judged by itself at 95 %,
+uncorrected for their number; an interval over the images of one seed leaves the randomness of
+training out. Out of reach: the rival is so good that no classifier could be as far above it. Beyond
+the cap: not even n equal votes certify that far. With noise at 224 pixels radii are compared as
+printed: one of PEFT is a seventh (CIFAR-10) of a rival's. The ratios of parameters to denoisers and
+diffusion models stand in lines that the authors commented out of their abstract's source.
 `claims.csv` has the evidence and the source of each.
 """
 NO_RATIO = "no ratio: a cost is unknown, or both are 0"
