@@ -5,11 +5,10 @@ import logging
 import math
 import resource
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -104,13 +103,11 @@ def read_ahead(
         return [part.pin_memory() for part in found] if device.type == "cuda" else found
 
     def in_order(pool: ThreadPoolExecutor) -> Iterator[tuple[Tensor, Tensor]]:
-        coming: deque[Future[list[Tensor]]] = deque()
-        for positions in chain(batches, [None]):
-            if positions is not None:
-                coming.append(pool.submit(read, positions))
-            while len(coming) > (positions is not None):
-                images, labels = coming.popleft().result()
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        reading = (pool.submit(read, positions) for positions in batches)
+        # The second of a pair is being read when the first is waited for.
+        for first, _ in pairwise(chain(reading, [Future()])):
+            images, labels = first.result()
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     with ThreadPoolExecutor(1) as pool:
         yield in_order(pool)
@@ -371,9 +368,7 @@ def _accuracy(
     hits = 0
     for positions in torch.arange(len(split.labels)).split(NOISE_IMAGES):
         images = split.batch(positions)
-        drawn = torch.zeros(images.shape, device=device)
-        if sigma:
-            drawn = sigma * torch.randn(images.shape, generator=noise, device=device)
+        drawn = sigma * torch.randn(images.shape, generator=noise, device=device)
         pairs = zip(images.split(batch), drawn.split(batch), strict=True)
         answers = torch.cat([classifier(part.to(device) + more).cpu() for part, more in pairs])
         # Where some logit is not a number, argmax names it: that is no answer.

@@ -210,7 +210,7 @@ def test_a_process_that_loses_the_others_says_so():
             raise RuntimeError("Connection closed\nand more")
 
 
-def test_no_other_number_of_processes_trains(monkeypatch):
+def test_no_other_number_of_processes_trains():
     with pytest.raises(BenchError, match=r"training\.processes is 2, and 1 train here"):
         run(TOGETHER)
 
