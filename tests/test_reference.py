@@ -1,4 +1,4 @@
-"""The committed reference: what README shows is what the tables hold."""
+"""The committed reference: what README and docs/results.md show is what the tables hold."""
 
 import itertools
 from pathlib import Path
@@ -46,9 +46,9 @@ def test_the_reference_holds_every_point_of_a_clean_run(name):
     assert summary["git_revision"].nunique() == 1
 
 
-def readme_table(corner):
-    """The table of README with this text in its corner: the cells of each row by its first."""
-    lines = (ROOT / "README.md").read_text().splitlines()
+def shown_table(corner):
+    """The table of docs/results.md with this text in its corner: each row's cells by its first."""
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith(f"| {corner} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -74,13 +74,13 @@ def numbers_in(cells):
     return [float(cell.partition("=")[2]) for cell in cells]
 
 
-def test_the_readmes_objectives_are_those_of_the_tables():
+def test_the_shown_objectives_are_those_of_the_tables():
     curves = pd.read_csv(folder("objectives") / "certified_accuracy.csv")
     pairs = pd.read_csv(folder("objectives") / "paired.csv")
     cost = pd.read_csv(folder("objectives") / "cost.csv").set_index(["method", "sigma"])
     flops = cost["training_flops"] / cost["training_flops"]["cross_entropy"].iloc[0]
     methods = dict(zip(curves["label"], curves["method"], strict=True))
-    (*sigmas, _), *rows = (table := readme_table("objective")).values()
+    (*sigmas, _), *rows = (table := shown_table("objective")).values()
     assert table.keys() - {"objective"} == methods.keys()
     for label, (*cells, units) in zip(list(table)[1:], rows, strict=True):
         for sigma, cell in zip(numbers_in(sigmas), cells, strict=True):
@@ -93,10 +93,10 @@ def test_the_readmes_objectives_are_those_of_the_tables():
         assert int(units) == pytest.approx(flops[methods[label]].iloc[0], abs=0.5)
 
 
-def test_the_readmes_denoisers_are_those_of_the_tables():
+def test_the_shown_denoisers_are_those_of_the_tables():
     curves = pd.read_csv(folder("denoisers") / "certified_accuracy.csv")
     fronts = ("none", "mse", "stability", "diffusion")
-    rows = list(readme_table("in front").values())[1:]
+    rows = list(shown_table("in front").values())[1:]
     for front, cells in zip(fronts, rows, strict=True):
         for kind, cell in zip(("frozen", "lora"), cells, strict=True):
             values = [at(curves, s, s, method=f"{front}_{kind}")["value"] for s in (0.25, 0.5, 1)]
@@ -107,9 +107,9 @@ def test_the_readmes_denoisers_are_those_of_the_tables():
     ("name", "corner"),
     [("fashion_mnist", "σ"), ("fashion_mnist_regularised", "σ = 0.5, measured / reported")],
 )
-def test_the_readmes_reproductions_are_those_of_the_tables(name, corner):
+def test_the_shown_reproductions_are_those_of_the_tables(name, corner):
     found = pd.read_csv(folder(name) / "published.csv")
-    (heads, *rows), shown = (table := readme_table(corner)).values(), 0
+    (heads, *rows), shown = (table := shown_table(corner)).values(), 0
     for first, cells in zip(list(table)[1:], rows, strict=True):
         where = {"method": first} if "regularised" in name else {}
         for radius, cell in zip(numbers_in(heads), cells, strict=True):
@@ -120,14 +120,14 @@ def test_the_readmes_reproductions_are_those_of_the_tables(name, corner):
     assert shown > 15
 
 
-def test_the_readmes_reduced_runs_are_those_of_the_tables():
+def test_the_shown_reduced_runs_are_those_of_the_tables():
     curves, cost = (
         pd.read_csv(folder("fashion_mnist_reduced") / f"{name}.csv").assign(
             label=lambda rows: rows["label"].str.replace(r" \(1 epoch.*\)", "", regex=True)
         )
         for name in ("certified_accuracy", "cost")
     )
-    (heads, *rows) = (table := readme_table("σ = 0.5, 1 epoch")).values()
+    (heads, *rows) = (table := shown_table("σ = 0.5, 1 epoch")).values()
     assert set(list(table)[1:]) == set(curves["label"])
     for label, (*cells, seconds) in zip(list(table)[1:], rows, strict=True):
         for radius, cell in zip(numbers_in(heads[:-1]), cells, strict=True):
