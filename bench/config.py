@@ -552,7 +552,7 @@ class AttackSettings(Settings):
 class FigureSettings(Settings):
     """How the figures show accuracy against cost."""
 
-    radius: NonNegativeFloat = 0.25
+    radius: NonNegativeFloat = 0.5
     join_families: bool = False
 
 

@@ -1,7 +1,7 @@
 """Comparison figures, drawn from the tables alone."""
 
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullLocator
 
 from bench.config import Experiment
 from bench.errors import BenchError
@@ -29,33 +30,38 @@ STYLE: dict[Any, Any] = {
     "font.size": 10,
     "legend.frameon": False,
 }
+# After Okabe and Ito, whose colours the colour-blind tell apart; controls are grey.
 HUES = [
-    "Greys",
-    "Blues",
-    "Oranges",
-    "Greens",
-    "Purples",
-    "Reds",
-    "light:teal",
-    "light:saddlebrown",
-    "light:deeppink",
-    "light:olive",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#B0528C",
+    "#C98A00",
+    "#3A9BD9",
+    "#8B4513",
+    "#4B3A9B",
+    "#6B6B00",
 ]
-DASHES = ["-", "--", "-.", ":"]
-MARKERS = ["o", "s", "D", "^", "v"]
+CONTROL, GREY = "control", "#595959"
+DASHES: list[Any] = ["-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (8, 3))]
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "<", ">", "p"]
 MOST_LABELS = 20
-LEGEND_LINE = 0.2  # inches
+MOST_CURVES = 12  # in one panel
+LEGEND_LINE, LEGEND_LETTER = 0.2, 0.066  # inches
 FEWEST_BARS = 5
+EDGE = [withStroke(linewidth=3.5, foreground="w")]  # of black marks on dark bars
 # What is certified between two radii of a table is what is at the larger one.
 STEPS = "steps-pre"
 DOTS: Any = (0, (1, 1.5))
 LEFT = 0.04  # of an axis of radii, below 0
+SAME, SHIFT = 0.02, 1.08  # relative distance of points that are drawn apart, and how far
+PERCENT = (-2, 102)  # else a curve at 0 is lost in the axis
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
 
 
 class Look:
-    """A hue and marker per family, a shade and dash per method, the same in every figure."""
+    """A hue and marker per family, a shade and dash per method: one in all figures of a run."""
 
     def __init__(self, table: pd.DataFrame):
         methods = table.drop_duplicates("method")
@@ -63,35 +69,51 @@ class Look:
         self.family = dict(zip(methods["method"], methods["family"], strict=True))
         self.families = list(dict.fromkeys(methods["family"]))
         self.colour: dict[str, Any] = dict.fromkeys(methods["method"])
-        self._member: dict[str, int] = {}
-        for family, hue in zip(self.families, cycle(HUES), strict=False):
-            members = [name for name, of in self.family.items() if of == family]
-            # The palest two shades would vanish on white.
-            shades = sns.color_palette(hue, len(members) + 2)[2:]
-            self.colour |= dict(zip(members, reversed(shades), strict=True))
-            self._member |= {name: place for place, name in enumerate(members)}
+        hues = cycle(HUES)
+        for family in self.families:
+            members = self.members(family)
+            hue = GREY if family == CONTROL else next(hues)
+            self.colour |= dict(zip(members, _shades(hue, len(members)), strict=True))
+
+    def members(self, family: str) -> list[str]:
+        """The methods of a family, in the experiment's order."""
+        return [name for name, of in self.family.items() if of == family]
 
     def dash(self, method: str) -> Any:
-        """Line style of the method within its family."""
-        return DASHES[self._member[method] % len(DASHES)]
+        """Line style of the method; neighbours differ, whatever their hues look like."""
+        return DASHES[list(self.colour).index(method) % len(DASHES)]
 
     def marker(self, method: str) -> str:
         """Marker of the method's family."""
         return MARKERS[self.families.index(self.family[method]) % len(MARKERS)]
 
     def handles(self, lines: bool) -> list[Line2D]:
-        """Legend entries in the experiment's order."""
+        """Legend entries, family by family."""
+        ordered = [name for family in self.families for name in self.members(family)]
         return [
             Line2D(
                 [],
                 [],
-                color=colour,
+                color=self.colour[method],
                 linestyle=self.dash(method) if lines else "none",
                 marker="" if lines else self.marker(method),
-                label=f"{self.label[method]} ({self.family[method]})",
+                label=self.name(method),
             )
-            for method, colour in self.colour.items()
+            for method in ordered
         ]
+
+    def name(self, method: str) -> str:
+        """Label of the method, with its family where that says more."""
+        label, family = self.label[method], self.family[method]
+        return label if family.lower() in label.lower() else f"{label} ({family})"
+
+
+def _shades(hue: str, count: int) -> list[Any]:
+    """A family's colours, from darker to lighter than its hue; the palest can be seen on white."""
+    if count == 1:
+        return [hue]
+    dark, light = sns.dark_palette(hue, 5)[2], sns.light_palette(hue, 5)[2]
+    return [*sns.blend_palette([dark, hue, light], count)]
 
 
 def draw_figures(
@@ -115,7 +137,9 @@ def draw_figures(
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
         save_figure(figure, folder / "accuracy_vs_parameters")
         points["own_and_base"] = points["training_flops"] + points["base_training_flops"]
-        flops = "training FLOPs\n(hollow: with the base's pretraining)"
+        flops = "training FLOPs"
+        if (points["base_training_flops"] > 0).any():
+            flops += " (hollow: with the base's pretraining)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
         save_figure(figure, folder / "accuracy_vs_compute")
         save_figure(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")
@@ -138,7 +162,10 @@ def _panels(
 ) -> tuple[Figure, list[Axes]]:
     """Panels with a column per sigma, row by row."""
     count = len(experiment.sigmas)
-    size = (3.4 * count + 2.9, max(4.2 * rows, LEGEND_LINE * (len(legend) + 2)))
+    height = 3.6 if rows == 1 else 2.7
+    letters = max(len(str(entry.get_label())) for entry in legend)
+    beside = 1.3 + LEGEND_LETTER * letters
+    size = (2.7 * count + beside, max(height * rows, LEGEND_LINE * (len(legend) + 2)))
     figure, axes = plt.subplots(
         rows, count, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
@@ -163,16 +190,55 @@ def _curves(
     if named:
         label = "published, beside the method of its colour"
         legend.append(Line2D([], [], color="0.3", linestyle=DOTS, label=label))
-    figure, axes = _panels(experiment, legend)
-    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+    rows = _rows(look)
+    figure, axes = _panels(experiment, legend, len(rows))
+    for axis, (members, sigma) in zip(axes, product(rows, experiment.sigmas), strict=True):
         if len(reported):
             _draw_reported(axis, reported[np.isclose(reported["sigma"], sigma)], named, look)
         part = accuracy[accuracy["sigma"] == sigma]
-        _draw_methods(axis, part, "radius", look, STEPS)
-        axis.set(xlabel="ℓ2 radius ([0, 1] pixels)", ylim=(0, 100))
-        axis.set_xlim(-LEFT * part["radius"].max(), part["radius"].max())
-    axes[0].set_ylabel("certified accuracy (%)")
+        _draw_methods(axis, part, "radius", look, STEPS, members)
+        axis.set(ylim=PERCENT, xlim=(-LEFT * part["radius"].max(), 1.02 * part["radius"].max()))
+    figure.supxlabel(_radius_label(experiment), fontsize=10)
+    _label_rows(
+        figure,
+        axes[:: len(experiment.sigmas)],
+        rows,
+        look,
+        f"certified accuracy (%)\n{_sample(accuracy)}",
+    )
     return figure
+
+
+def _label_rows(
+    figure: Figure, first: list[Axes], rows: list[list[str]], look: Look, words: str
+) -> None:
+    """Name the vertical axis, once for all rows, and the family of each where there are many."""
+    figure.supylabel(words, fontsize=10)
+    if len(rows) > 1:
+        for axis, members in zip(first, rows, strict=True):
+            axis.set_ylabel(look.family[members[0]])
+
+
+def _rows(look: Look) -> list[list[str]]:
+    """The methods of each row of panels: all in one, or a row per family where they are many."""
+    if len(look.colour) <= MOST_CURVES:
+        return [list(look.colour)]
+    return [look.members(family) for family in look.families]
+
+
+def _radius_label(experiment: Experiment) -> str:
+    """Of an axis of radii: those of noise at two resolutions are no longer of one unit."""
+    if len(experiment.noise_resolutions) > 1:
+        return "ℓ2 radius as certified ([0, 1] pixels of the noise's resolution)"
+    return "ℓ2 radius ([0, 1] pixels)"
+
+
+def _sample(accuracy: pd.DataFrame) -> str:
+    """What the values rest on: images, seeds and the widest interval of one seed."""
+    images, seeds = accuracy["n_images"].max(), accuracy["seed"].nunique()
+    half = 50 * (accuracy["high"] - accuracy["low"]).max()
+    each = f"{images:,} images" + (f", {seeds} seeds" if seeds > 1 else "")
+    return f"{each}: 95 % intervals up to ± {half:.{0 if half >= 3 else 1}f}"
 
 
 def _draw_reported(
@@ -182,41 +248,54 @@ def _draw_reported(
     curves = {str(name): c.sort_values("radius") for name, c in reported.groupby("method")}
     for curve in curves.values():
         values = curve["certified_accuracy_percent"]
-        axis.plot(curve["radius"], values, color="0.75", linewidth=0.8, zorder=1)
+        axis.plot(curve["radius"], values, color="0.75", lw=0.8, zorder=1, drawstyle=STEPS)
     for method, published in named.items():
         if (own := curves.get(str(published))) is not None:
             style = {"color": look.colour[method], "linestyle": DOTS, "linewidth": 1.4}
-            axis.plot(own["radius"], own["certified_accuracy_percent"], **style)
+            axis.plot(own["radius"], own["certified_accuracy_percent"], drawstyle=STEPS, **style)
 
 
 def _vote_shares(experiment: Experiment, shares: pd.DataFrame, look: Look) -> Figure:
     """Distribution over the images of the true class's share of votes."""
-    figure, axes = _panels(experiment, look.handles(lines=True))
-    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
-        _draw_methods(axis, shares[np.isclose(shares["sigma"], sigma)], "p_a", look)
-        axis.axvline(0.5, color="0.6", lw=0.8)  # below it nothing can be certified
-        axis.set(xlabel="share of votes\n(0: another class was chosen)", xlim=(0, 1), ylim=(0, 100))
-    axes[0].set_ylabel("images with at most so many (%)")
+    rows = _rows(look)
+    figure, axes = _panels(experiment, look.handles(lines=True), len(rows))
+    for axis, (members, sigma) in zip(axes, product(rows, experiment.sigmas), strict=True):
+        part = shares[np.isclose(shares["sigma"], sigma)]
+        _draw_methods(axis, part, "p_a", look, members=members)
+        axis.axvline(0.5, color="0.6", lw=0.8)
+        axis.set(xlim=(0, 1), ylim=PERCENT)
+    figure.supxlabel("share of votes for the true class (up to 0.5: no certificate)", fontsize=10)
+    words = "images at or below that share (%)"
+    _label_rows(figure, axes[:: len(experiment.sigmas)], rows, look, words)
     return figure
 
 
 def _draw_methods(
-    axis: Axes, curves: pd.DataFrame, x: str, look: Look, drawstyle: str = "default"
+    axis: Axes,
+    curves: pd.DataFrame,
+    x: str,
+    look: Look,
+    drawstyle: str = "default",
+    members: Sequence[str] = (),
 ) -> None:
-    """`value` of every method in % against the column `x`; seeds are averaged."""
+    """`value` in % against the column `x`, seeds averaged; grey for all but `members`, if given."""
     for method, colour in look.colour.items():
         own = curves[curves["method"] == method].groupby(x)["value"].mean()
-        style = {"color": colour, "linestyle": look.dash(method), "drawstyle": drawstyle}
-        if drawstyle == STEPS:  # the first step is as wide as a point
+        style = {"color": colour, "linestyle": look.dash(method), "lw": 1.6}
+        if members and method not in members:
+            style = {"color": "0.85", "lw": 0.8, "zorder": 1}
+        if drawstyle == STEPS and len(own):
+            # Nothing is certified beyond the last radius; the first step is as wide as a point.
+            own = pd.concat([own, pd.Series([0.0], [own.index[-1]])])
             style |= {"marker": "_", "markevery": [0], "markersize": 9}
-        axis.plot(own.index, 100 * own, lw=1.6, **style)
+        axis.plot(own.index, 100 * own, drawstyle=drawstyle, **style)
 
 
 def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> Figure:
     """The same curves against the radius as certified (above) and in native pixels."""
     figure, axes = _panels(experiment, look.handles(lines=True), rows=2)
     count = len(experiment.sigmas)
-    rows = {"radius": "radius as certified", "native_radius": "radius in native pixels"}
+    rows = {"radius": "radius as certified", "native_radius": "radius in native [0, 1] pixels"}
     for place, (column, words) in enumerate(rows.items()):
         row = axes[place * count : (place + 1) * count]
         for axis, sigma in zip(row, experiment.sigmas, strict=True):
@@ -224,8 +303,8 @@ def _conventions(experiment: Experiment, accuracy: pd.DataFrame, look: Look) -> 
             _draw_methods(axis, part, column, look, STEPS)
             # The same axis in both rows, so that a curve is seen to shrink.
             limits = (-LEFT * part["radius"].max(), part["radius"].max())
-            axis.set(xlabel=f"ℓ2 {words}", xlim=limits, ylim=(0, 100))
-        row[0].set_ylabel("certified accuracy (%)")
+            axis.set(xlabel=f"ℓ2 {words}", xlim=limits, ylim=PERCENT)
+    figure.supylabel(f"certified accuracy (%)\n{_sample(accuracy)}", fontsize=10)
     return figure
 
 
@@ -237,7 +316,7 @@ def _base_and_smoothed(experiment: Experiment, summary: pd.DataFrame, look: Look
         Patch(facecolor="0.4", label="smoothed: right"),
         Patch(facecolor="0.9", label="smoothed: abstains"),
         Patch(facecolor="none", edgecolor="0.8", label=f"smoothed: {rest}"),
-        Line2D([], [], color="k", marker="D", ls="none", fillstyle="none", label="base, clean"),
+        Line2D([], [], color="k", marker="D", ls="none", mfc="w", label="base, clean"),
         Line2D([], [], color="k", marker="|", ls="none", ms=12, mew=2, label="base, noisy"),
     ]
     figure, axes = _panels(experiment, legend)
@@ -250,11 +329,12 @@ def _base_and_smoothed(experiment: Experiment, summary: pd.DataFrame, look: Look
         axis.barh(names, right, color=[*look.colour.values()], height=0.7)
         axis.barh(names, shares["abstention"], left=right, color="0.9", height=0.7)
         axis.barh(names, 100, facecolor="none", edgecolor="0.8", height=0.7, linewidth=0.5)
-        axis.plot(shares["clean_accuracy"], names, "kD", fillstyle="none", markersize=5)
-        axis.plot(shares["noisy_accuracy"], names, "k|", markersize=12, markeredgewidth=2)
-        axis.set(xlabel="test images (%)", xlim=(0, 100), axisbelow=True)
+        axis.plot(shares["clean_accuracy"], names, "kD", mfc="w", ms=5, clip_on=False, zorder=3)
+        axis.plot(shares["noisy_accuracy"], names, "k|", ms=12, mew=2, path_effects=EDGE)
+        axis.set(xlim=(0, 100), axisbelow=True)
         axis.set_yticks(range(len(names)), [look.label[name] for name in names])
     fit_bars(axes[0], len(names))
+    figure.supxlabel("test images (%)", fontsize=10)
     return figure
 
 
@@ -289,7 +369,9 @@ def _classes(experiment: Experiment, per_class: pd.DataFrame, look: Look) -> Fig
             shown = slice(None, None, -(-grid.shape[1] // MOST_LABELS))
             axis.set_xticks(np.arange(grid.shape[1])[shown], grid.columns[shown])
             axis.set_yticks(range(len(names)), grid.index)
-    figure.supxlabel("true class", fontsize=10)
+    few, many = per_class["n_images"].min(), per_class["n_images"].max()
+    images = f"{few} to {many}" if few < many else f"{few}"
+    figure.supxlabel(f"true class ({images} images each)", fontsize=10)
     figure.colorbar(picture, ax=axes, label="certified accuracy (%)")
     return figure
 
@@ -319,12 +401,17 @@ def _attacks(experiment: Experiment, attacks: pd.DataFrame) -> Figure:
         axis.set_title(experiment.methods[method].label, fontsize=10)
         for sigma, points in attacks[attacks["method"] == method].groupby("sigma"):
             _draw_bounds(axis, 100 * points.groupby("radius")[BOUNDS].mean(), colours[sigma])
-        axis.set(ylim=(0, 100), xlim=(-LEFT * attacks["radius"].max(), None))
+        axis.set(ylim=PERCENT, xlim=(-LEFT * attacks["radius"].max(), None))
         axis.set_xticks(sorted(attacks["radius"].unique()))
         axis.grid(alpha=0.25)
-    grid.set_axis_labels("ℓ2 radius", f"accuracy (%, n = {attacks['n_images'].max()})")
+    grid.set_axis_labels(
+        "ℓ2 radius ([0, 1] pixels)", f"accuracy (%, n = {attacks['n_images'].max()})"
+    )
     handles = [Line2D([], [], color=colours[s], label=f"σ = {s:g}, certified") for s in sigmas]
-    handles.append(Line2D([], [], color="0.3", marker="o", ls="none", label="not broken"))
+    handles += [
+        Line2D([], [], color="0.3", marker="o", label="not broken, 95 % interval"),
+        Line2D([], [], color="0.3", alpha=0.2, linewidth=6, label="neither"),
+    ]
     # Else the legend lies on the panels.
     grid.figure.set_layout_engine("constrained")
     grid.figure.legend(handles=handles, loc="outside right center", fontsize=9)
@@ -356,26 +443,40 @@ def _scatter(
 ) -> Figure:
     figure, axes = _panels(experiment, look.handles(lines=False))
     positive = points.loc[points[column] > 0, column]
-    start = positive.min() / 5 if len(positive) else 1.0
+    # A logarithm has no place for 0: half a decade below the axis, where no label is.
+    zero = 10 ** (np.floor(np.log10(positive.min())) - 0.5) if len(positive) else 1.0
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
-        part = points[points["sigma"] == sigma]
+        part = _apart(points[points["sigma"] == sigma].assign(x=lambda p: p[column].clip(zero)))
         if experiment.figures.join_families:
-            _join_families(axis, part.assign(x=part[column].clip(lower=start)), look)
+            _join_families(axis, part, look)
         for row in part.to_dict("records"):
             colour, marker = look.colour[row["method"]], look.marker(row["method"])
             y = 100 * row["value"]
             error = [[y - 100 * row["low"]], [100 * row["high"] - y]]
-            x = max(row[column], start)
-            axis.errorbar(x, y, error, color=colour, marker=marker, elinewidth=0.7, alpha=0.9)
+            style = {"color": colour, "marker": marker, "mec": "w", "mew": 0.5, "elinewidth": 0.7}
+            axis.errorbar(row["x"], y, error, markersize=7, **style)
             if hollow is not None and row[hollow] > row[column]:
-                axis.plot(row[hollow], y, color=colour, marker=marker, fillstyle="none", zorder=1)
-        axis.set(xscale="log", xlabel=xlabel, ylim=(0, 100))
+                axis.plot(row[hollow], y, color=colour, marker=marker, mfc="none", zorder=1)
+        axis.set(xscale="log", ylim=PERCENT)
         _label_decades(axis)
-        if (points[column] == 0).any():  # a logarithm has no place for it
-            axis.axvline(start, color="0.8", linewidth=0.8, zorder=0)
-            axis.text(start, 98, " 0", color="0.5", fontsize=8, va="top")
-    axes[0].set_ylabel(f"certified accuracy at r = {experiment.figures_radius:g} (%)")
+        if (points[column] == 0).any():
+            _mark_zero(axis, zero)
+    words = f"at r = {experiment.figures_radius:g}"
+    if len(experiment.noise_resolutions) > 1:
+        words += " as certified"
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(f"certified accuracy (%) {words}\n{_sample(points)}", fontsize=10)
     return figure
+
+
+def _apart(points: pd.DataFrame) -> pd.DataFrame:
+    """Move points apart whose `x` are within 2 % of each other: one would hide the other."""
+    points = points.sort_values("x", kind="stable")
+    group = points["x"].pct_change().gt(SAME).cumsum()
+    place = (
+        points.groupby(group).cumcount() - (points.groupby(group)["x"].transform("size") - 1) / 2
+    )
+    return points.assign(x=points["x"] * SHIFT**place)
 
 
 def _label_decades(axis: Axes) -> None:
@@ -383,7 +484,14 @@ def _label_decades(axis: Axes) -> None:
     low, high = np.log10(axis.get_xlim())
     if np.floor(high) - np.ceil(low) < 1:
         axis.set_xlim(10 ** np.floor(low), 10 ** np.ceil(high))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def _mark_zero(axis: Axes, place: float) -> None:
+    """Label what lies at `place` of a logarithmic axis with 0."""
+    axis.set_xlim(left=place / 1.6)
+    axis.axvline(place, color="0.8", linewidth=0.8, zorder=0)
+    axis.text(place, -0.025, "0", transform=axis.get_xaxis_transform(), ha="center", va="top")
 
 
 def _join_families(axis: Axes, points: pd.DataFrame, look: Look) -> None:

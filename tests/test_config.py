@@ -193,8 +193,8 @@ def test_a_noise_level_that_an_objective_lacks_is_named(smoke_values):
 
 
 def test_figures_take_a_radius_of_the_curves(smoke_values):
-    experiment = parse_experiment({**smoke_values, "radius_step": 0.1}, "x")
-    assert experiment.figures_radius == 0.2
+    experiment = parse_experiment({**smoke_values, "radius_step": 0.2}, "x")
+    assert experiment.figures_radius == 0.4
     with pytest.raises(BenchError, match=r"figures\.radius = 0\.25 .* set it to 0\.2"):
         parse_experiment({**smoke_values, "radius_step": 0.1, "figures": {"radius": 0.25}}, "x")
 

@@ -9,15 +9,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from bench.config import Experiment, FigureSettings, Method
 from bench.errors import BenchError
 from bench.figures import (
     Look,
+    _apart,
     _at_radius,
     _base_and_smoothed,
     _classes,
     _conventions,
+    _curves,
     _join_families,
     _vote_shares,
     draw_figures,
@@ -258,3 +261,65 @@ def test_a_sigma_off_the_grid_of_radii_has_an_empty_place(
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"certified_accuracy\.csv is missing"):
         draw_figures(experiment, tmp_path, PUBLISHED, tmp_path)
+
+
+def test_curves_are_steps_that_end_at_zero(tables: Path, experiment: Experiment) -> None:
+    accuracy = pd.read_csv(tables / "certified_accuracy.csv")
+    few = dict(itertools.islice(experiment.methods.items(), 6))
+    accuracy = accuracy[accuracy["method"].isin(few)]
+    part = experiment.model_copy(update={"methods": few})
+    figure = _curves(part, accuracy, pd.read_csv(PUBLISHED), Look(accuracy))
+    plt.close(figure)
+    for axis, sigma in zip(figure.axes, SIGMAS, strict=True):
+        assert {line.get_drawstyle() for line in axis.lines} == {"steps-pre"}
+        own = axis.lines[-len(few) :]
+        for (_, curve), line in zip(
+            accuracy[accuracy["sigma"] == sigma].groupby("method", sort=False), own, strict=True
+        ):
+            wanted = np.append(100 * curve["value"], 0)
+            assert line.get_ydata() == pytest.approx(wanted)
+            assert line.get_xdata()[-2:].tolist() == [curve["radius"].max()] * 2
+    assert figure.get_supylabel() == (
+        "certified accuracy (%)\n500 images: 95 % intervals up to ± 4"
+    )
+
+
+def test_many_methods_have_a_row_per_family_before_all_others(experiment: Experiment) -> None:
+    families = [f"family {place % 3}" for place in range(15)]
+    curves = pd.DataFrame(
+        {"method": f"m{place}", "label": f"method {place}", "family": family, "seed": 0}
+        | {"sigma": sigma, "radius": radius, "value": 0.5, "low": 0.4, "high": 0.6, "n_images": 96}
+        for place, family in enumerate(families)
+        for sigma, radius in itertools.product(SIGMAS, (0, 0.5))
+    )
+    look = Look(curves)
+    figure = _curves(experiment, curves, pd.DataFrame(), look)
+    plt.close(figure)
+    assert [axis.get_ylabel() for axis in figure.axes[:: len(SIGMAS)]] == families[:3]
+    for place, axis in enumerate(figure.axes):
+        coloured = [line.get_color() != "0.85" for line in axis.lines]
+        assert coloured == [family == families[place // len(SIGMAS)] for family in families]
+
+
+def test_points_of_one_cost_do_not_hide_each_other() -> None:
+    points = pd.DataFrame({"method": [*"abcd"], "x": [1000, 10.0, 1001, 1000]})
+    moved = _apart(points).set_index("method")["x"]
+    assert moved["b"] == 10
+    same = moved[["a", "d", "c"]]
+    assert (same.pct_change().dropna() > 0.05).all()
+    assert np.log(same).mean() == pytest.approx(np.log(1000), abs=0.001)
+
+
+def test_colours_can_be_seen_on_white_and_told_apart() -> None:
+    for members in (1, 2, 9):
+        names = [f"m{place}" for place in range(10 * members)]
+        family = [f"f{place // members}" for place in range(10 * members)]
+        look = Look(pd.DataFrame({"method": names, "label": names, "family": family}))
+        for colour in look.colour.values():
+            linear = [
+                c / 12.92 if c <= 0.04 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)
+            ]
+            luminance = np.dot(linear, [0.2126, 0.7152, 0.0722])
+            assert 1.05 / (luminance + 0.05) > 1.7
+        places = itertools.pairwise(names)
+        assert all(look.dash(one) != look.dash(other) for one, other in places)
