@@ -93,6 +93,16 @@ def test_the_shown_objectives_are_those_of_the_tables():
         assert int(units) == pytest.approx(flops[methods[label]].iloc[0], abs=0.5)
 
 
+def test_the_shown_pretrained_vit_is_that_of_the_tables():
+    curves = pd.read_csv(folder("dinov2") / "certified_accuracy.csv")
+    (heads, *rows) = (table := shown_table("dinov2")).values()
+    points = [numbers_in(head.split(", ")) for head in heads]
+    assert list(table)[1:] == curves["label"].drop_duplicates().tolist()
+    for label, cells in zip(list(table)[1:], rows, strict=True):
+        for (sigma, radius), cell in zip(points, cells, strict=True):
+            assert cell == percent(at(curves, sigma, radius, label=label)["value"])
+
+
 def test_the_shown_denoisers_are_those_of_the_tables():
     curves = pd.read_csv(folder("denoisers") / "certified_accuracy.csv")
     fronts = ("none", "mse", "stability", "diffusion")
