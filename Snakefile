@@ -13,8 +13,8 @@ if not workflow.configfiles:
 report: "bench/report/workflow.rst"
 
 
-# An image to install the locked environment into: `snakemake --lint` wants one named, and
-# `--sdm apptainer` would run the jobs in it.
+# Named because `snakemake --lint` wants one. It lacks the environment: for `--sdm apptainer` install
+# requirements.lock into it (torch and torchvision first, then this project) and name that image.
 container: "docker://python:3.11"
 
 

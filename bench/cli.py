@@ -234,7 +234,7 @@ def serve(
         from bench.serving import serve
     except ModuleNotFoundError as error:
         raise BenchError(
-            f"{error.name} is not installed: pip install -c requirements.lock '.[serve]'"
+            f"{error.name} is not installed: pip install -c requirements.lock -e '.[serve]'"
         ) from None
     serve(model, access, precision, host, port)
 

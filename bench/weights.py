@@ -80,7 +80,7 @@ def _onnx_load() -> Callable[[Path], "ModelProto"]:
         import onnx
     except ModuleNotFoundError as error:
         raise BenchError(
-            f"{error.name} is not installed: pip install -c requirements.lock '.[onnx]'"
+            f"{error.name} is not installed: pip install -c requirements.lock -e '.[onnx]'"
         ) from None
     return onnx.load
 

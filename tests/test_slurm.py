@@ -26,7 +26,7 @@ def missing() -> str | None:
     if not all(map(shutil.which, ("slurmctld", "slurmd", "sbatch"))):
         return "slurmctld is not installed: apt-get install slurm-wlm"
     if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        return "the plugin is not installed: pip install -c requirements.lock '.[slurm]'"
+        return "the plugin is not installed: pip install -c requirements.lock -e '.[slurm]'"
     if os.geteuid() != 0:
         return "starting Slurm's daemons takes root"
     if os.path.lexists(CONFIGURATION):
