@@ -24,17 +24,17 @@ class BaselineSettings(Settings):
         """
         experiment.refuse_keys(method, *cls.refused)
         try:
-            return cls.model_validate(experiment.point(method).settings)
+            return cls.model_validate(experiment.point(method).settings, strict=True)
         except ValidationError as error:
             raise BenchError(f"methods.{method}.settings:\n{complaints(error)}") from None
 
     @classmethod
     def check(cls, experiment: Experiment) -> None:
-        """Check every method of this baseline.
+        """Check every method of this baseline, and its trials.
 
         Raises:
             BenchError: as `of`.
         """
-        for name, method in experiment.methods.items():
-            if method.baseline == cls.baseline:
+        for name in (*experiment.methods, *experiment.trials()):
+            if experiment.point(name).baseline == cls.baseline:
                 cls.of(experiment, name)

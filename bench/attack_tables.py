@@ -11,7 +11,7 @@ from bench.errors import BenchError
 from bench.files import atomic_write, read_json, sha256_file
 from bench.smoothing.rules import ABSTAIN
 from bench.statistics import accuracy_interval
-from bench.tables import check_points, names_of
+from bench.tables import check_points, names_of, own_row, point_of
 
 # Sound certificates break more often than `allowed` with less than this probability.
 LEVEL = 0.001
@@ -23,10 +23,10 @@ def build_attack_tables(experiment: Experiment, logs: list[Path], folder: Path) 
     Raises:
         BenchError: a log of a method, sigma and seed is missing, foreign or cut off.
     """
-    read = [_read_complete(path) for path in logs]
+    read = [_read_complete(experiment, path) for path in logs]
     check_points([sidecar for sidecar, _ in read], experiment.attacked())
-    order = {name: place for place, name in enumerate(experiment.methods)}
-    read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["seed"]))
+    order = {point: place for place, point in enumerate(experiment.attacked())}
+    read.sort(key=lambda pair: order[point_of(pair[0])])
     radii = [0.0, *experiment.attack_settings.radii]
     curves = pd.concat([_curve(experiment, sidecar, log, radii) for sidecar, log in read])
     checks = pd.DataFrame([_soundness_row(experiment, sidecar, log) for sidecar, log in read])
@@ -36,8 +36,8 @@ def build_attack_tables(experiment: Experiment, logs: list[Path], folder: Path) 
     return checks
 
 
-def _read_complete(path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    sidecar = read_json(path.with_suffix(".json"))
+def _read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    sidecar = own_row(experiment, path, read_json(path.with_suffix(".json")))
     if not path.exists() or sidecar.get("log_sha256") != sha256_file(path):
         raise BenchError(f"{path} is missing or not what its .json was written for: attack again")
     return sidecar, pd.read_csv(path, sep="\t")

@@ -17,6 +17,7 @@ import pandas as pd
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationError, model_validator
 
 from bench.config import Name, complaints
+from bench.csv_files import read_csv
 from bench.errors import BenchError
 from bench.files import atomic_write, read_yaml
 from bench.paired import paired_difference_interval
@@ -148,7 +149,7 @@ class CurveRule(Rule):
         Where images share alpha even less is certified than this cap.
         """
         path = tables[0].with_name("summary.csv")
-        runs = _rows(_read(path), path, sigma=reading.sigma)
+        runs = _rows(read_csv(path), path, sigma=reading.sigma)
         caps = [
             radius_cap(int(n), alpha, reading.sigma) for n, alpha in runs[["n", "alpha"]].values
         ]
@@ -264,7 +265,7 @@ class AccountingRatioAtLeast(AtLeastRule):
 
     def estimate(self, reading: Reading, tables: list[Path]) -> Estimate:
         """Counts, which have no interval."""
-        table = _read(tables[0]).fillna({"settings": ""})
+        table = read_csv(tables[0]).fillna({"settings": ""})
         ratios: dict[str, float] = {}
         for kind, settings in self.parameterizations.items():
             wanted = {"kind": kind, "settings": settings, "data": reading.experiment}
@@ -414,14 +415,6 @@ def _best(
     return Estimate(effect, low, high, kinds, len(pairs[0].rows), len(pairs), by, found)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise BenchError(
-            f"{path} is missing beside the other tables: run `snakemake --cores all tables`"
-        )
-    return pd.read_csv(path)
-
-
 def _rows(table: pd.DataFrame, path: Path, **wanted: str | float) -> pd.DataFrame:
     """The rows in which every column has its wanted value; there must be some."""
     chosen = pd.Series(True, index=table.index)
@@ -436,7 +429,7 @@ def _rows(table: pd.DataFrame, path: Path, **wanted: str | float) -> pd.DataFram
 
 def _curve_at(path: Path, method: str, reading: Reading, confidence: float) -> pd.DataFrame:
     """Certified accuracy per seed, 0 where the curve has ended."""
-    own = _rows(_read(path), path, method=method, sigma=reading.sigma)
+    own = _rows(read_csv(path), path, method=method, sigma=reading.sigma)
     if reading.radius > own["radius"].max() + ROUNDING:
         at = own.drop_duplicates("seed").assign(value=0.0)
     else:
@@ -450,7 +443,7 @@ def _paired_at(
     path: Path, method: str, rival: str, reading: Reading, confidence: float
 ) -> pd.DataFrame:
     """The difference per seed on the same images; empty if the table has not the pair there."""
-    table = _read(path)
+    table = read_csv(path)
     at = table[
         np.isclose(table["sigma"], reading.sigma) & np.isclose(table["radius"], reading.radius)
     ]
@@ -486,7 +479,7 @@ def _cheapest(methods: list[str], path: Path, reading: Reading) -> tuple[str, fl
 
 def _cost_of(path: Path, method: str, reading: Reading) -> float:
     """A count, the same for every seed."""
-    rows = _rows(_read(path), path, method=method, sigma=reading.sigma)
+    rows = _rows(read_csv(path), path, method=method, sigma=reading.sigma)
     columns = reading.cost.split(" + ")
     if absent := sorted(set(columns) - set(rows)):
         raise BenchError(f"{path} has no column {absent[0]}: make the tables again")

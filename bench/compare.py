@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bench.csv_files import read_csv
 from bench.errors import BenchError
 from bench.statistics import accuracy_interval, independent_difference_interval
 
@@ -24,12 +25,7 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     """
     for path in (folder / "tables" / name, folder / name):
         if path.exists():
-            try:
-                return pd.read_csv(path)
-            except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-                raise BenchError(
-                    f"{path} is no table ({error}): run its experiment again"
-                ) from None
+            return read_csv(path)
     raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
 
 

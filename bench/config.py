@@ -42,6 +42,22 @@ RESIZED = ("imagenet", "image_folder")
 BASE = "base"
 
 
+def refuse_silence(n: int, alpha: float) -> None:
+    """Raise where a prediction of `n` draws would always abstain."""
+    if 2 * 0.5**n > alpha:
+        raise ValueError(
+            f"n = {n} draws cannot tell any class from another at alpha = {alpha}, even if all "
+            "agree: raise n (11 is the least at 0.001)"
+        )
+
+
+def named_rate(rate: float) -> float:
+    """The rate, which the name of its trial must give in full."""
+    if float(f"{rate:g}") != rate:
+        raise ValueError(f"a learning rate of a grid has at most six digits: write {rate:g}")
+    return rate
+
+
 def refuse_repeats(values: list[T]) -> list[T]:
     """The values, none of which may come twice."""
     if len(set(values)) != len(values):
@@ -81,6 +97,14 @@ class BackboneSettings(Settings):
     input_size: PositiveInt | None = None
     pretrained: bool = False
     weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None = None
+
+    @field_validator("arguments")
+    @classmethod
+    def _data_decide(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        for key in ("num_classes", "in_chans"):
+            if key in arguments:
+                raise ValueError(f"{key} is that of the data: remove it")
+        return arguments
 
     @model_validator(mode="after")
     def _one_start(self) -> "BackboneSettings":
@@ -405,7 +429,10 @@ class Method(Settings):
         if self.grid and not self.trains:
             raise ValueError("grid is given, but a frozen method trains nothing")
         for key, values in self.grid.items():
+            refuse_repeats(values)
             for value in values:
+                if key == "learning_rate":
+                    named_rate(value)
                 try:
                     self.with_values({key: value})
                 except ValueError as error:
@@ -501,6 +528,21 @@ class CertificationSettings(Settings):
             raise ValueError(f"n = {self.n} is below the first look at 32: raise n, or set horizon")
         return self
 
+    @model_validator(mode="after")
+    def _reserve_is_spent(self) -> "CertificationSettings":
+        if self.mode == "decide" and (self.reserve_at or 0) > self.horizon:
+            raise ValueError(
+                f"reserve_at = {self.reserve_at} exceeds horizon = {self.horizon}: there is no "
+                "such look, and what is kept for it would be lost"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> "CertificationSettings":
+        if self.mode == "predict":
+            refuse_silence(self.n, self.alpha_per_image)
+        return self
+
 
 class TuningSettings(Settings):
     """One rule for all: the highest validation accuracy under noise of this sigma.
@@ -512,6 +554,11 @@ class TuningSettings(Settings):
     sigma: PositiveFloat
     learning_rates: list[PositiveFloat] = Field(min_length=1)
     training: TrainingOverrides = TrainingOverrides()
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _names_tell_rates_apart(cls, rates: list[float]) -> list[float]:
+        return refuse_repeats([named_rate(rate) for rate in rates])
 
 
 class AttackSettings(Settings):
@@ -539,11 +586,7 @@ class AttackSettings(Settings):
 
     @model_validator(mode="after")
     def _can_answer(self) -> "AttackSettings":
-        if 2 * 0.5**self.n > self.alpha:
-            raise ValueError(
-                f"n = {self.n} draws cannot tell any class from another at alpha = {self.alpha}, "
-                "even if all agree: raise n (11 is the least at 0.001)"
-            )
+        refuse_silence(self.n, self.alpha)
         if self.batch_size < self.draws:
             raise ValueError(f"batch_size must hold the draws of an image: {self.draws} or more")
         return self
@@ -654,6 +697,9 @@ class Experiment(Settings):
         for name, method in self.methods.items():
             for sigma in sorted(set(method.sigmas or ()) - set(self.sigmas)):
                 raise ValueError(f"methods.{name}.sigmas: {sigma} is not one of sigmas: add it")
+        used = {sigma for name in self.methods for sigma in self.sigmas_of(name)}
+        for sigma in sorted(set(self.sigmas) - used):
+            raise ValueError(f"sigmas: no method runs at {sigma}: remove it")
         return self
 
     @model_validator(mode="after")
@@ -666,6 +712,8 @@ class Experiment(Settings):
         for sigma in self.attack.sigmas or ():
             if sigma not in self.sigmas:
                 raise ValueError(f"attack.sigmas: {sigma} is not one of sigmas")
+        if not self.attacked():
+            raise ValueError("attack: none of its methods runs at any of its sigmas")
         return self
 
     @model_validator(mode="after")

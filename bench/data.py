@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -273,7 +274,11 @@ def _download(url: str, target: Path) -> bool:
         with urllib.request.urlopen(url, timeout=60) as source, atomic_write(target) as partial:
             with partial.open("wb") as stream:
                 shutil.copyfileobj(source, stream)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            # Python takes a body that ends early for a whole one.
+            promised = source.headers.get("Content-Length")
+            if promised is not None and partial.stat().st_size != int(promised):
+                raise ConnectionError(f"{partial.stat().st_size} of {promised} bytes came")
+    except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
         log.warning("%s cannot be fetched (%s)", url, error)
         return False
     return True

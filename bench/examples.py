@@ -18,9 +18,10 @@ from bench.figures import STYLE, Look, fit_bars, save_figure
 from bench.files import atomic_write, read_json
 from bench.model_folder import load_front
 from bench.smoothing.engine import PILOT
-from bench.smoothing.log import read_log, read_protocol
+from bench.smoothing.log import read_protocol
 from bench.smoothing.noise import key_tensor, noise_key, standard_normal
 from bench.smoothing.rules import ABSTAIN
+from bench.tables import read_complete
 
 # Of each sigma, evenly spaced over the certified images: the choice must not flatter anyone.
 IMAGES = 2
@@ -63,7 +64,8 @@ def _answers(experiment: Experiment, logs: list[Path]) -> pd.DataFrame:
     """What each method answers on the chosen images, in the experiment's order."""
     parts = {}
     for path in logs:
-        protocol, log = read_protocol(path), read_log(path).sort_values("idx")
+        protocol, log = read_complete(experiment, path)
+        log = log.sort_values("idx")
         name, sigma = protocol["method"], protocol["sigma"]
         method = experiment.point(name)
         point = {"method": name, "label": method.label, "family": method.family}

@@ -19,7 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
 from bench.config import Experiment
-from bench.errors import BenchError
+from bench.csv_files import read_csv
 from bench.files import atomic_write
 
 mpl.use("Agg")
@@ -124,11 +124,11 @@ def draw_figures(
     Raises:
         BenchError: a table is missing.
     """
-    accuracy = _read(tables / "certified_accuracy.csv")
-    cost = _read(tables / "cost.csv")
-    reported = pd.DataFrame() if published is None else _read(published)
-    summary, per_class = _read(tables / "summary.csv"), _read(tables / "per_class.csv")
-    shares = _read(tables / "vote_shares.csv")
+    accuracy = read_csv(tables / "certified_accuracy.csv")
+    cost = read_csv(tables / "cost.csv")
+    reported = pd.DataFrame() if published is None else read_csv(published)
+    summary, per_class = read_csv(tables / "summary.csv"), read_csv(tables / "per_class.csv")
+    shares = read_csv(tables / "vote_shares.csv")
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
@@ -147,14 +147,6 @@ def draw_figures(
         save_figure(_vote_shares(experiment, shares, look), folder / "vote_shares")
         if len(experiment.noise_resolutions) > 1:
             save_figure(_conventions(experiment, accuracy, look), folder / "noise_resolution")
-
-
-def _read(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        raise BenchError(
-            f"{path} is missing: `bench tables` writes tables; published results are in git"
-        )
-    return pd.read_csv(path)
 
 
 def _panels(
@@ -382,7 +374,7 @@ def draw_attacks(experiment: Experiment, tables: Path, folder: Path) -> None:
     Raises:
         BenchError: a table is missing.
     """
-    attacks = _read(tables / "attacks.csv")
+    attacks = read_csv(tables / "attacks.csv")
     with mpl.rc_context(STYLE):
         save_figure(_attacks(experiment, attacks), folder / "attacks")
 

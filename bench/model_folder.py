@@ -32,7 +32,6 @@ from bench.training import TrainingRecord
 from bench.training_state import discard_state
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-FILES = ("model.safetensors", "classifier.json", "training.json", "cost.json")
 
 
 class Component(Settings):

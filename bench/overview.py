@@ -8,6 +8,7 @@ import pandas as pd
 
 from bench.claims import VERDICTS
 from bench.config import Experiment
+from bench.csv_files import read_csv
 from bench.errors import BenchError
 from bench.files import atomic_write
 from bench.smoothing.log import read_protocol
@@ -51,7 +52,7 @@ def write_overview(
         *_section("Protocol"),
         *_table(("", ""), _protocol(experiment)),
         *_section("Provenance"),
-        *_table(("", ""), _provenance(pd.read_csv(summary), logs)),
+        *_table(("", ""), _provenance(read_csv(summary), logs)),
     ]
     with atomic_write(output) as temporary:
         temporary.write_text("\n".join(parts) + "\n")
@@ -93,7 +94,7 @@ def _claims(path: Path | None) -> list[str]:
     """Verdicts by claim and form, counted over the readings; nothing where none were judged."""
     if path is None:
         return []
-    table = pd.read_csv(path)
+    table = read_csv(path)
     keys = ["text", "form"]
     counts = table.groupby([*keys, "verdict"], sort=False).size().unstack(fill_value=0)
     counts = counts.reindex(columns=[*VERDICTS], fill_value=0)

@@ -7,6 +7,7 @@ import pandas as pd
 
 from bench.compare import POINT, joint_half_width, read_table
 from bench.config import Experiment
+from bench.csv_files import read_csv
 from bench.errors import BenchError
 from bench.files import atomic_write
 from bench.statistics import accuracy_interval
@@ -35,24 +36,35 @@ def build_published(
     Raises:
         BenchError: a named method is not in `published`, or a radius is not on our grid.
     """
-    curves, everything = pd.read_csv(accuracy), pd.read_csv(published)
+    curves, everything = read_csv(accuracy), read_csv(published)
     parts = []
     for method, sigma, seed in experiment.points():
         name = experiment.methods[method].published
         if name is not None:
             own = curves[(curves[POINT] == [method, sigma, seed]).all(axis=1)]
-            reported = _reported(everything, name, sigma)
-            if reported.empty:
-                raise BenchError(
-                    f"methods.{method}.published: {published} has no {name!r} at sigma {sigma}"
-                )
-            parts.append(_side_by_side(own, reported))
+            parts.append(_side_by_side(own, _named(everything, published, method, name, sigma)))
     if not parts:
         raise BenchError("no methods.NAME.published says what is reproduced: set one")
     table = pd.concat(parts, ignore_index=True)
     with atomic_write(output) as temporary:
         table.to_csv(temporary, index=False)
     return table
+
+
+def check_published(experiment: Experiment, published: Path) -> None:
+    """Check that what methods name can be compared, before anything runs.
+
+    Raises:
+        BenchError: a named method is not in `published` at a sigma, or a radius is not on our grid.
+    """
+    everything = read_csv(published)
+    for method, sigma, _ in experiment.points():
+        if (name := experiment.methods[method].published) is None:
+            continue
+        radii = _named(everything, published, method, name, sigma)["radius"]
+        steps = radii / experiment.radius_step
+        for radius in radii[(steps - steps.round()).abs() > 10.0**-DECIMALS]:
+            raise BenchError(f"radius_step: the published radius {radius} is not on our grid")
 
 
 def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
@@ -69,7 +81,7 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
             f"{folder} does not say what its methods reproduce: set methods.NAME.published in the "
             "experiment and run it again"
         ) from None
-    everything, parts = pd.read_csv(published), []
+    everything, parts = read_csv(published), []
     for row in named.to_dict("records"):
         own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]
         name, sigma = row["published"], row["sigma"]
@@ -84,6 +96,18 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
     return table[
         [*POINT, "radius", "quantity", "a", "b", "difference", "joint_half_width", "agrees"]
     ]
+
+
+def _named(
+    everything: pd.DataFrame, published: Path, method: str, name: str, sigma: float
+) -> pd.DataFrame:
+    """The published rows that a method names."""
+    reported = _reported(everything, name, sigma)
+    if reported.empty:
+        raise BenchError(
+            f"methods.{method}.published: {published} has no {name!r} at sigma {sigma}"
+        )
+    return reported
 
 
 def _reported(everything: pd.DataFrame, name: str, sigma: float) -> pd.DataFrame:

@@ -82,7 +82,8 @@ def _settings(changes: dict[str, str], images: int) -> CertificationSettings:
         return CertificationSettings.model_validate({**values, "test_images": images})
     except ValidationError as error:
         raise BenchError(f"--images or --set:\n{complaints(error)}") from None
-    except yaml.YAMLError as error:
+    # PyYAML lets what its constructors of dates, numbers and truth values raise pass.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
         raise BenchError(f"--set: {error}") from None
 
 

@@ -45,14 +45,14 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
         BenchError: a log or cost of a method, sigma and seed is missing, foreign or cut off, or
             logs are of several protocols.
     """
-    read = [_read_complete(experiment, path) for path in logs]
+    read = [read_complete(experiment, path) for path in logs]
     check_points([protocol for protocol, _ in read], experiment.points())
     _check_alike([protocol for protocol, _ in read])
-    order = {name: place for place, name in enumerate(experiment.methods)}
-    read.sort(key=lambda pair: (order[pair[0]["method"]], pair[0]["sigma"], pair[0]["noise_seed"]))
+    order = {point: place for place, point in enumerate(experiment.points())}
+    read.sort(key=lambda pair: order[point_of(pair[0])])
     curves = pd.concat([_curve(experiment, p, log, read) for p, log in read])
     summary = pd.DataFrame([_summary_row(experiment, p, log) for p, log in read])
-    rows = [_own(experiment, path, read_json(path)) for path in costs]
+    rows = [own_row(experiment, path, read_json(path)) for path in costs]
     cost = pd.DataFrame(_cost_rows(experiment, rows))
     tables = {
         "certified_accuracy": curves,
@@ -72,8 +72,12 @@ def build_tables(experiment: Experiment, logs: list[Path], costs: list[Path], fo
             temporary.write_text(leaderboard(curves, experiment.radius_step))
 
 
-def _own(experiment: Experiment, path: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """`row` of the file `path`, which must say that it is the experiment's."""
+def own_row(experiment: Experiment, path: Path, row: dict[str, Any]) -> dict[str, Any]:
+    """`row` of the file `path`, which must say that it is the experiment's.
+
+    Raises:
+        BenchError: it is another's.
+    """
     if row.get("experiment") != experiment.name:
         whose = row.get("experiment", "no experiment")
         raise BenchError(f"{path} is of {whose}, not of {experiment.name}: name files of this one")
@@ -92,9 +96,14 @@ def _check_alike(protocols: list[dict[str, Any]]) -> None:
             )
 
 
-def _read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+def read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Protocol and rows of a certification log of the experiment, which must be whole.
+
+    Raises:
+        BenchError: it is missing, damaged, cut off or of another experiment.
+    """
     protocol, log = read_own_log(path)
-    _own(experiment, path, protocol)
+    own_row(experiment, path, protocol)
     if len(log) != protocol["n_images"]:
         raise BenchError(f"{path} has {len(log)} of {protocol['n_images']} images: certify again")
     return protocol, log
@@ -102,19 +111,20 @@ def _read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], 
 
 def check_points(found: list[dict[str, Any]], points: Iterable[Point]) -> None:
     """Each point of the experiment must be there once, and no other."""
-    have = Counter(map(_point, found))
+    have = Counter(map(point_of, found))
     wanted = set(points)
     problems = {
         "has no results yet": wanted - set(have),
         "is not part of the experiment": set(have) - wanted,
         "is given more than once": {point for point, times in have.items() if times > 1},
     }
-    for problem, points in problems.items():
-        for method, sigma, seed in sorted(points):
+    for problem, these in problems.items():
+        for method, sigma, seed in sorted(these):
             raise BenchError(f"{method} at sigma {sigma}, seed {seed} {problem}")
 
 
-def _point(row: dict[str, Any]) -> Point:
+def point_of(row: dict[str, Any]) -> Point:
+    """Method, sigma and seed of a row."""
     return row["method"], row["sigma"], row["seed"]
 
 
@@ -289,7 +299,7 @@ def _cost_rows(experiment: Experiment, costs: list[dict[str, Any]]) -> list[dict
         for name, sigma, seed in experiment.points()
     }
     check_points(costs, models.values())
-    paid = {_point(cost): cost for cost in costs}
+    paid = {point_of(cost): cost for cost in costs}
     order = {name: place for place, name in enumerate(experiment.methods)}
     points = sorted(models, key=lambda point: (order[point[0]], *point[1:]))
     return [_cost_row(experiment, {**paid[models[p]], "sigma": p[1]}) for p in points]
@@ -308,7 +318,7 @@ def _cost_row(experiment: Experiment, cost: dict[str, Any]) -> dict[str, Any]:
 
 def leaderboard(curves: pd.DataFrame, radius_step: float) -> str:
     """Markdown table of certified accuracy (%) at the leaderboard's radii, first seed."""
-    first = curves[curves["seed"] == curves["seed"].min()]
+    first = curves[curves["seed"] == curves["seed"].iloc[0]]
     columns = {}
     for sigma, part in first.groupby("sigma"):
         for radius in leaderboard_radii(float(sigma), radius_step):
@@ -334,7 +344,7 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
     Raises:
         BenchError: a trial's report is missing, there twice, or foreign.
     """
-    found = [_own(experiment, path, read_json(path)) for path in reports]
+    found = [own_row(experiment, path, read_json(path)) for path in reports]
     sigma, seed = experiment.tuning.sigma, experiment.seeds[0]
     at = {trial: experiment.training_sigma(trial, sigma) for trial in experiment.trials()}
     check_points(found, [(trial, level, seed) for trial, level in at.items()])
@@ -351,7 +361,7 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
         table.to_csv(temporary, index=False)
     picks = table[table["picked"] & ~table["recorded"]]
     return [
-        f"record methods.{row['method']}.learning_rate: {row['learning_rate']:.3e}"
+        f"record methods.{row['method']}.learning_rate: {row['learning_rate']:g}"
         + (f" and {row['size']}" if row["size"] else "")
         for row in picks.to_dict("records")
     ] or ["the experiment file records every pick"]

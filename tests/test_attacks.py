@@ -335,6 +335,8 @@ def test_a_missing_or_foreign_log_is_named(world, tmp_path):
     logs = [tmp_path / "attacks" / f"{method}.tsv" for method in METHODS]
     with pytest.raises(BenchError, match=r"undefended at sigma 0\.5, seed 0 has no results yet"):
         build_attack_tables(experiment, logs[1:], Path("nowhere"))
+    with pytest.raises(BenchError, match=r"is of .*, not of another"):
+        build_attack_tables(experiment.model_copy(update={"name": "another"}), logs, Path("no"))
     # Cut at the end of a line, where no image is missing but what became of one's certificate.
     logs[0].write_text("".join(logs[0].read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(BenchError, match=r"undefended\.tsv is missing or not what its"):

@@ -80,6 +80,12 @@ def places(values: object, path: tuple = ()) -> list[tuple]:
         (("methods", "lora", "sigmas"), [0.5, 0.5], "methods.lora.sigmas"),
         (("methods", "lora", "parameterization"), {"kind": "scratch"}, "gaussian_retraining"),
         (("methods", "head__lr_3"), {"label": "x", "family": "y"}, "those of trials"),
+        (("backbone", "arguments", "num_classes"), 100, "num_classes is that of the data"),
+        (("certification", "reserve_at"), 2_000_000, "exceeds horizon"),
+        (("certification",), {"mode": "predict", "n": 10}, "11 is the least"),
+        (("tuning", "learning_rates"), [1.0e-3, 0.001], "repeat"),
+        (("tuning", "learning_rates"), [0.00123456789], "write 0.00123457"),
+        (("methods", "lora", "grid"), {"r": [2, 2]}, "repeat"),
     ],
 )
 def test_a_mistake_is_named_with_file_and_key(smoke_values, path, value, named):
@@ -92,6 +98,18 @@ def test_a_mistake_is_named_with_file_and_key(smoke_values, path, value, named):
         parse_experiment(values, "mine.yaml")
     assert "mine.yaml" in str(error.value)
     assert named in str(error.value)
+
+
+def test_noise_that_no_method_sees_is_refused(smoke_values):
+    values = copy.deepcopy(smoke_values) | {"sigmas": [0.5, 1.0]}
+    for method in values["methods"].values():
+        method["sigmas"] = [0.5]
+    with pytest.raises(BenchError, match=r"sigmas: no method runs at 1\.0"):
+        parse_experiment(values, "x")
+    values["methods"]["lora"]["sigmas"] = [1.0]
+    attack = {"methods": ["lora"], "sigmas": [0.5]}
+    with pytest.raises(BenchError, match="attack: none of its methods"):
+        parse_experiment(values | {"attack": attack}, "x")
 
 
 def test_ten_draws_are_enough_at_one_in_a_thousand(smoke_values):

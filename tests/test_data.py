@@ -1,6 +1,8 @@
 """Fashion-MNIST is the real one, splits are fixed, damage is found and repaired."""
 
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from PIL import Image
 
 from bench.config import DataSettings
-from bench.data import _replace_all, data_folder, fetch, load_data, spread
+from bench.data import _download, _replace_all, data_folder, fetch, load_data, spread
 from bench.errors import BenchError
 
 
@@ -45,6 +47,31 @@ def test_a_corrupt_file_is_named_and_fetch_repairs_it(repository, tmp_path, monk
         load_data(settings)
     fetch(settings)
     assert path.read_bytes() == content
+
+
+def test_a_download_that_ends_early_leaves_no_file(tmp_path):
+    class Short(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100" if "cut" in self.path else "10")
+            self.end_headers()
+            self.wfile.write(b"0123456789")
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Short)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert _download(f"{address}/whole", tmp_path / "whole")
+        assert not _download(f"{address}/cut", tmp_path / "cut")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_without_any_source_the_cure_is_told(tmp_path, monkeypatch):

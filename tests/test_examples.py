@@ -72,6 +72,7 @@ def log_of(method: str, answers: dict[int, tuple[int, float]], path: Path) -> Pa
     ]
     write_log(rows, path)
     sidecar = {"method": method, "sigma": 0.5, "seed": 0, "noise_seed": SEED, "data": "toy"}
+    sidecar |= {"experiment": "smoke", "n_images": len(rows)}
     path.with_suffix(".json").write_text(json.dumps(sidecar))
     return path
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.config import Experiment, parse_experiment
 from bench.errors import BenchError
-from bench.published import build_published, compare_with_published
+from bench.published import build_published, check_published, compare_with_published
 from bench.statistics import accuracy_interval
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
@@ -102,3 +102,9 @@ def test_other_grids_and_unknown_names_are_errors(experiment, smoke_values, tmp_
         build_published(experiment, off, PUBLISHED, tmp_path / "a.csv")
     with pytest.raises(BenchError, match=r"methods\.head\.published"):
         build_published(saying(smoke_values, "nobody"), off, PUBLISHED, tmp_path / "a.csv")
+    # Both are found before anything runs as well.
+    check_published(experiment, PUBLISHED)
+    with pytest.raises(BenchError, match=r"methods\.head\.published"):
+        check_published(saying(smoke_values, "nobody"), PUBLISHED)
+    with pytest.raises(BenchError, match=r"radius_step: the published radius 0\.25"):
+        check_published(experiment.model_copy(update={"radius_step": 0.1}), PUBLISHED)

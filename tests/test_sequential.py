@@ -236,6 +236,15 @@ def test_tables_come_back_from_the_cache_and_damage_is_repaired(computed):
     assert boundary_table(Plan((0.0, 1.0), 0.01, 1000)).sha256 != first.sha256
 
 
+def test_a_table_that_cannot_be_kept_is_used_all_the_same(computed, monkeypatch, tmp_path):
+    plan = Plan((0.0, 1.0), ALPHA, 1000)
+    kept = boundary_table(plan)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert boundary_table(plan).sha256 == kept.sha256
+    assert computed == [plan, plan]
+
+
 @pytest.mark.parametrize("bad", [Plan((1.0, 0.5), ALPHA, 1000), Plan((0.0,), 0.0, 1000)])
 def test_impossible_plans_are_refused(bad):
     with pytest.raises(ValueError, match="must"):

@@ -4,6 +4,7 @@ import torch
 
 from baselines.denoised_smoothing.settings import DenoiserSettings
 from baselines.denoised_smoothing.train import mse, new_denoiser, stability
+from bench.errors import BenchError
 from bench.plan import Line, Planned, Planner, parameter_bytes, plan_method
 from bench.weightless import without_weights
 
@@ -16,7 +17,8 @@ def plan(planner: Planner, name: str) -> Planned:
     classifier = planner.frozen()
     if point.denoiser is not None:
         denoiser = plan_method(planner, point.denoiser.of).classifier.denoiser
-        assert denoiser is not None
+        if denoiser is None:
+            raise BenchError(f"{point.label}: denoiser.of = {point.denoiser.of} has no denoiser")
     else:
         with torch.device("meta"):
             denoiser, _ = new_denoiser(settings, shape[0])

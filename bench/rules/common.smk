@@ -207,17 +207,15 @@ def published_results():
     return [os.path.relpath(path)] if path.exists() else []
 
 
+REFERENCE = os.path.relpath(f"{workflow.basedir}/results/reference")
+
+
 def judged_tables(wildcards):
     """The tables there are, of any experiment; what has not run yet stays undecided."""
-    names = ("certified_accuracy", "paired", "cost")
-    files = [f"*/tables/{name}.csv" for name in names]
-    patterns = [
-        *files,
-        *(f"reference/{file}" for file in files),
-        "accounting.csv",
-        "reference/accounting.csv",
-    ]
-    return sorted(str(path) for p in patterns for path in Path("results").glob(p))
+    names = ("certified_accuracy", "paired", "cost", "summary")
+    patterns = [*(f"*/tables/{name}.csv" for name in names), "accounting.csv"]
+    folders = map(Path, ("results", REFERENCE))
+    return sorted({str(path) for f in folders for p in patterns for path in f.glob(p)})
 
 
 def judged_claims(wildcards):
@@ -230,11 +228,15 @@ if REPRODUCES and not published_results():
     raise WorkflowError(
         f"methods.NAME.published: there is no results/published/{EXPERIMENT.data.name}.csv"
     )
+if REPRODUCES:
+    from bench.published import check_published
+
+    check_published(EXPERIMENT, Path(published_results()[0]))
 
 
 def published_option(wildcards, input):
     """The `--published` argument of the figures."""
-    return f"--published {input.published}" if input.published else ""
+    return ["--published", str(input.published)] if input.published else []
 
 
 TRAIN_CODE = training_code()

@@ -1,4 +1,4 @@
-FIRST = [point for point in POINTS if point["seed"] == min(EXPERIMENT.seeds)]
+FIRST = [point for point in POINTS if point["seed"] == EXPERIMENT.seeds[0]]
 
 
 rule figures:
@@ -53,12 +53,13 @@ rule figures:
     params:
         experiment=EXPERIMENT_FILE,
         settings=EXPERIMENT.figures.model_dump(),
+        named={name: m.published for name, m in EXPERIMENT.methods.items()},
         tables=lambda wildcards, input: os.path.dirname(input.tables[0]),
         published=published_option,
         folder=lambda wildcards, output: os.path.dirname(output.curves[0]),
     shell:
         "python -m bench figures --experiment {params.experiment:q} --tables {params.tables}"
-        " {params.published} --output {params.folder} > {log} 2>&1"
+        " {params.published:q} --output {params.folder} > {log} 2>&1"
 
 
 rule examples:

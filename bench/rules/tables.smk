@@ -108,7 +108,7 @@ rule compare_published:
         names={name: m.published for name, m in EXPERIMENT.methods.items()},
     shell:
         "python -m bench published --experiment {params.experiment:q} --accuracy {input.accuracy}"
-        " --published {input.published} --output {output} > {log} 2>&1"
+        " --published {input.published:q} --output {output} > {log} 2>&1"
 
 
 rule claims:
@@ -118,6 +118,7 @@ rule claims:
         code=code_of(
             "bench/claims.py",
             "bench/paired.py",
+            "bench/smoothing/bounds.py",
             "bench/statistics.py",
         ),
     output:
@@ -131,9 +132,11 @@ rule claims:
         "results/claims/claims.log",
     benchmark:
         "results/claims/claims.tsv"
+    params:
+        reference=REFERENCE,
     shell:
-        "python -m bench claims --claims {input.claims} --results results"
-        " --results results/reference --output {output.verdicts} 2>&1 | tee {log}"
+        "python -m bench claims --claims {input.claims:q} --results results"
+        " --results {params.reference:q} --output {output.verdicts} 2>&1 | tee {log}"
 
 
 rule overview:

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +48,8 @@ class Certificate:
 def certify(
     classifier: nn.Module,
     images: Tensor,
-    labels: list[int],
-    ids: list[int],
+    labels: Sequence[int] | Tensor,
+    ids: Sequence[int] | Tensor,
     protocol: Protocol,
     classes: int,
     journal: Journal | None = None,
@@ -71,6 +71,7 @@ def certify(
             labels are no classes; ids repeat; or the lengths differ.
         BenchError: the journal is damaged.
     """
+    labels, ids = [int(label) for label in labels], [int(idx) for idx in ids]
     _check(classifier, images, labels, ids, classes)
     run = _Run(classifier, images, protocol, classes, journal)
     clean = clean_votes(classifier, images, protocol.batch_size, classes)

@@ -9,6 +9,7 @@ all of them costs no alpha. Stopping early for any reason can only lower the pro
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from scipy.stats import binom, norm
 
 from bench.errors import BenchError
 from bench.files import read_json, sha256_json, write_json
+
+log = logging.getLogger(__name__)
 
 LOOK_STEP = 32
 LOOK_RATIO = 1.2
@@ -177,7 +180,10 @@ def boundary_table(plan: Plan) -> BoundaryTable:
     if table is None:
         table = compute_boundaries(plan)
         content = {"looks": table.looks.tolist(), "allowed": table.allowed.tolist()}
-        write_json(path, {"sha256": table.sha256, "plan": plan.as_json(), **content})
+        try:
+            write_json(path, {"sha256": table.sha256, "plan": plan.as_json(), **content})
+        except (BenchError, OSError) as error:
+            log.warning("%s cannot be kept, and is computed again next time (%s)", path, error)
     return table
 
 
