@@ -159,6 +159,8 @@ def _check_finite(classifier: Classifier, folder: Path) -> None:
 
 def _replace_weights(folder: Path, classifier: Classifier, adapter: nn.Module | None) -> str:
     """Write the weights into `folder` by renames; the sha256 of `model.safetensors`."""
+    for left in folder.glob(".partial-*"):  # by a run that was killed while it wrote
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as scratch:
         partial = Path(scratch)
         _write_weights(partial, classifier, adapter)

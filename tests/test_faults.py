@@ -549,6 +549,7 @@ def test_saving_a_model_killed_at_every_use_of_a_file(tmp_path, lenets):
     assert moment > 8
     assert refused > moment
     assert torch.equal(answers(tmp_path, "new"), new)
+    assert not list(tmp_path.rglob(".partial-*"))
 
 
 @pytest.mark.fault(
