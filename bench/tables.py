@@ -361,7 +361,9 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
         table.to_csv(temporary, index=False)
     picks = table[table["picked"] & ~table["recorded"]]
     return [
-        f"record methods.{row['method']}.learning_rate: {row['learning_rate']:g}"
+        # With a point: YAML reads 1e-05 as text.
+        f"record methods.{row['method']}.learning_rate: "
+        + np.format_float_scientific(row["learning_rate"], trim="0")
         + (f" and {row['size']}" if row["size"] else "")
         for row in picks.to_dict("records")
     ] or ["the experiment file records every pick"]

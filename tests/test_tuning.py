@@ -68,7 +68,7 @@ def test_the_best_validation_accuracy_is_picked_and_ties_go_to_the_smaller_rate(
     assert advice == ["the experiment file records every pick"]
     found["lora", "0.001"] = 0.9
     advice = build_tuning(smoke, reports(tmp_path, smoke, found), tmp_path / "tuning.csv")
-    assert advice == ["record methods.lora.learning_rate: 1.000e-03"]
+    assert advice == ["record methods.lora.learning_rate: 1.0e-03"]
 
 
 def test_a_trial_differs_from_its_method_in_the_learning_rate_alone(smoke):
@@ -162,7 +162,7 @@ def test_size_and_rate_are_picked_together_and_ties_go_to_the_smaller_size(with_
     picked = table[table["picked"]].set_index("method")
     assert picked["size"].to_dict() == {"lora": "r = 8", "adapter": "bottleneck = 8"}
     assert picked["recorded"].to_dict() == {"lora": True, "adapter": False}
-    assert advice == ["record methods.adapter.learning_rate: 1.000e-01 and bottleneck = 8"]
+    assert advice == ["record methods.adapter.learning_rate: 1.0e-01 and bottleneck = 8"]
     # The smaller size is the one of the larger rate.
     found |= {("lora", "0.003__r_4"): 0.95, ("lora", "0.001__r_8"): 0.95}
     build_tuning(with_grids, reports(tmp_path, with_grids, found), tmp_path / "t.csv")
