@@ -140,6 +140,8 @@ def draw_figures(
         flops = "training FLOPs"
         if (points["base_training_flops"] > 0).any():
             flops += " (hollow: with the base's pretraining)"
+        if points["base_training_flops"].isna().any():
+            flops += " (without the base's pretraining, which is unknown)"
         figure = _scatter(experiment, points, "training_flops", flops, look, "own_and_base")
         save_figure(figure, folder / "accuracy_vs_compute")
         save_figure(_base_and_smoothed(experiment, summary, look), folder / "base_and_smoothed")

@@ -231,7 +231,10 @@ if REPRODUCES and not published_results():
 if REPRODUCES:
     from bench.published import check_published
 
-    check_published(EXPERIMENT, Path(published_results()[0]))
+    try:
+        check_published(EXPERIMENT, Path(published_results()[0]))
+    except BenchError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def published_option(wildcards, input):

@@ -69,7 +69,7 @@ rule examples:
             dict.fromkeys(model_file("classifier.json", **point) for point in FIRST)
         ),
         data=DATA,
-        code=code_of("bench/examples.py", "bench/figures.py"),
+        code=code_of("bench/examples.py", "bench/figures.py", "bench/tables.py"),
     output:
         table=report(
             f"{TABLES}/examples.csv",
