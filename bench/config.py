@@ -977,6 +977,8 @@ def complaints(error: ValidationError) -> str:
         key = ".".join(str(part) for part in item["loc"])
         text = isinstance(item["input"], str) and item["type"] in ("float_type", "int_type")
         cure = "; YAML reads 1e-3 and numbers in quotes as text: write 1.0e-3" if text else ""
+        if isinstance(item["input"], float) and item["type"] == "int_type":
+            cure = "; write it without a point or an exponent"
         lines.append(f"  {key}: {item['msg']} (found: {item['input']!r:.80}){cure}")
     return "\n".join(lines)
 

@@ -54,7 +54,8 @@ EDGE = [withStroke(linewidth=3.5, foreground="w")]  # of black marks on dark bar
 STEPS = "steps-pre"
 DOTS: Any = (0, (1, 1.5))
 LEFT = 0.04  # of an axis of radii, below 0
-SAME, SHIFT = 0.02, 1.08  # relative distance of points that are drawn apart, and how far
+# Of points: relative distance at which they are drawn apart, the step, and from their own place.
+SAME, SHIFT, FARTHEST = 0.02, 1.08, 1.1
 PERCENT = (-2, 102)  # else a curve at 0 is lost in the axis
 BOUNDS = ["value", "low", "high", "certified"]
 ATTACK_COLUMNS = 4
@@ -277,7 +278,8 @@ def _draw_methods(
         own = curves[curves["method"] == method].groupby(x)["value"].mean()
         style = {"color": colour, "linestyle": look.dash(method), "lw": 1.6}
         if members and method not in members:
-            style = {"color": "0.85", "lw": 0.8, "zorder": 1}
+            # As pixels: in every panel of an SVG the lines of all others would fill megabytes.
+            style = {"color": "0.85", "lw": 0.8, "zorder": 1, "rasterized": True}
         if drawstyle == STEPS and len(own):
             # Nothing is certified beyond the last radius; the first step is as wide as a point.
             own = pd.concat([own, pd.Series([0.0], [own.index[-1]])])
@@ -464,13 +466,20 @@ def _scatter(
 
 
 def _apart(points: pd.DataFrame) -> pd.DataFrame:
-    """Move points apart whose `x` are within 2 % of each other: one would hide the other."""
-    points = points.sort_values("x", kind="stable")
-    group = points["x"].pct_change().gt(SAME).cumsum()
-    place = (
-        points.groupby(group).cumcount() - (points.groupby(group)["x"].transform("size") - 1) / 2
-    )
-    return points.assign(x=points["x"] * SHIFT**place)
+    """Move methods of nearly one mean `x` apart, by a tenth at most: one would hide another."""
+    groups: list[list[str]] = []
+    first = -np.inf
+    for method, x in points.groupby("method")["x"].mean().sort_values(kind="stable").items():
+        if x > first * (1 + SAME):
+            groups.append([])
+            first = x
+        groups[-1].append(str(method))
+    factors: dict[str, float] = {}
+    for group in groups:
+        middle = (len(group) - 1) / 2
+        step = min(SHIFT, FARTHEST ** (1 / max(middle, 0.5)))
+        factors |= {method: step ** (place - middle) for place, method in enumerate(group)}
+    return points.assign(x=points["x"] * points["method"].map(factors))
 
 
 def _label_decades(axis: Axes) -> None:

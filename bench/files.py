@@ -16,6 +16,8 @@ from bench.errors import BenchError
 
 # Added to every JSON object that is written: the hash of all the rest.
 SEAL = "content_sha256"
+# PyYAML lets what its constructors of dates, numbers and truth values raise pass.
+YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError)
 UNWRITABLE = (
     FileExistsError,
     FileNotFoundError,
@@ -44,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises:
         BenchError: the folder cannot be made, or takes no such file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -155,8 +157,7 @@ def read_yaml(path: Path) -> Any:
         raise BenchError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:
         raise BenchError(f"{path} is not valid YAML: it is nested too deeply") from None
-    # PyYAML lets what its constructors of dates, numbers and truth values raise pass.
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+    except YAML_ERRORS as error:
         raise BenchError(f"{path} is not valid YAML: {error}") from None
 
 

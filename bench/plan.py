@@ -254,10 +254,20 @@ def _classifier(planner: Planner, point: Method) -> Classifier:
 
 def _join_denoiser(planner: Planner, point: Method, classifier: Classifier) -> None:
     if point.denoiser is not None:
-        front = plan_method(planner, point.denoiser.of).classifier.denoiser
-        if front is None:
-            raise BenchError(f"{point.label}: denoiser.of = {point.denoiser.of} has no denoiser")
+        front = planned_denoiser(planner, point.label, point.denoiser.of)
         classifier.denoiser = front.requires_grad_(point.denoiser.trained)
+
+
+def planned_denoiser(planner: Planner, label: str, of: str) -> nn.Module:
+    """The denoiser of the method `of`, which the method with this label takes.
+
+    Raises:
+        BenchError: it has none.
+    """
+    front = plan_method(planner, of).classifier.denoiser
+    if front is None:
+        raise BenchError(f"{label}: denoiser.of = {of} has no denoiser")
+    return front
 
 
 def _certified(planner: Planner, point: Method) -> Classifier:

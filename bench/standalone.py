@@ -20,7 +20,7 @@ from bench.config import (
 )
 from bench.data import ImageSplit, data_folder, fetch, labelled_folder, load_data, spread
 from bench.errors import BenchError
-from bench.files import sha256_file, sha256_json
+from bench.files import YAML_ERRORS, sha256_file, sha256_json
 from bench.model_folder import load_classifier, read_spec
 from bench.provenance import tensors_sha256
 from bench.remote import RemoteClassifier, RemoteModel
@@ -82,8 +82,7 @@ def _settings(changes: dict[str, str], images: int) -> CertificationSettings:
         return CertificationSettings.model_validate({**values, "test_images": images})
     except ValidationError as error:
         raise BenchError(f"--images or --set:\n{complaints(error)}") from None
-    # PyYAML lets what its constructors of dates, numbers and truth values raise pass.
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:
+    except YAML_ERRORS as error:
         raise BenchError(f"--set: {error}") from None
 
 

@@ -64,6 +64,7 @@ def places(values: object, path: tuple = ()) -> list[tuple]:
         (("sigmas",), [0.5, -1.0], "sigmas.1"),
         (("sigmas",), [0.5, 0.5], "repeat"),
         (("certification", "n"), 9, "raise n"),
+        (("certification", "n"), 1000.0, "without a point or an exponent"),
         (("certification", "batch_size"), 100, "certification.batch_size"),
         (("certification", "shards"), 10_001, "exceeds test_images"),
         (("certification", "alpha"), 0.0, "certification.alpha"),

@@ -308,6 +308,14 @@ def test_points_of_one_cost_do_not_hide_each_other() -> None:
     same = moved[["a", "d", "c"]]
     assert (same.pct_change().dropna() > 0.05).all()
     assert np.log(same).mean() == pytest.approx(np.log(1000), abs=0.001)
+    # However many, near one another or in a chain, none goes further than a tenth; seeds together.
+    for rise in (1.0, 1.019):
+        costs = 1000 * rise ** np.arange(15)
+        many = pd.DataFrame({"method": [*"abcdefghijklmno"] * 2, "x": [*costs, *costs]})
+        moved = _apart(many)
+        assert (moved["x"] / many["x"]).between(1 / 1.1001, 1.1001).all()
+        assert moved.groupby("method")["x"].nunique().eq(1).all()
+        assert moved["x"][:15].nunique() == 15
 
 
 def test_colours_can_be_seen_on_white_and_told_apart() -> None:
@@ -321,5 +329,9 @@ def test_colours_can_be_seen_on_white_and_told_apart() -> None:
             ]
             luminance = np.dot(linear, [0.2126, 0.7152, 0.0722])
             assert 1.05 / (luminance + 0.05) > 1.7
+        least = 0.15 if members == 1 else 0.01
+        hues = [to_rgb(look.colour[name]) for name in names[: 9 * members]]
+        for one, other in itertools.combinations(hues, 2):
+            assert np.linalg.norm(np.subtract(one, other)) > least
         places = itertools.pairwise(names)
         assert all(look.dash(one) != look.dash(other) for one, other in places)

@@ -87,7 +87,7 @@ def test_the_shown_objectives_are_those_of_the_tables():
             text = f"{100 * at(curves, sigma, sigma, label=label)['value']:.0f}"
             if methods[label] != "cross_entropy":
                 pair = at(pairs, sigma, sigma, method_a="cross_entropy", method_b=methods[label])
-                ends = (-100 * pair[key] for key in ("difference", "high", "low"))
+                ends = (0.0 - 100 * pair[key] for key in ("difference", "high", "low"))
                 text += ", {:+.0f} [{:+.0f}, {:+.0f}]".format(*ends)
             assert cell == text, label
         assert int(units) == pytest.approx(flops[methods[label]].iloc[0], abs=0.5)

@@ -4,8 +4,7 @@ import torch
 
 from baselines.denoised_smoothing.settings import DenoiserSettings
 from baselines.denoised_smoothing.train import mse, new_denoiser, stability
-from bench.errors import BenchError
-from bench.plan import Line, Planned, Planner, parameter_bytes, plan_method
+from bench.plan import Line, Planned, Planner, parameter_bytes, planned_denoiser
 from bench.weightless import without_weights
 
 
@@ -16,9 +15,7 @@ def plan(planner: Planner, name: str) -> Planned:
     budget, shape = experiment.method_training(name), planner.data.shape
     classifier = planner.frozen()
     if point.denoiser is not None:
-        denoiser = plan_method(planner, point.denoiser.of).classifier.denoiser
-        if denoiser is None:
-            raise BenchError(f"{point.label}: denoiser.of = {point.denoiser.of} has no denoiser")
+        denoiser = planned_denoiser(planner, point.label, point.denoiser.of)
     else:
         with torch.device("meta"):
             denoiser, _ = new_denoiser(settings, shape[0])

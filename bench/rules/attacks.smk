@@ -58,7 +58,7 @@ rule attack_tables:
 rule attacks:
     input:
         attacks=rules.attack_tables.output.attacks,
-        code=code_of("bench/figures.py"),
+        code=code_of("bench/csv_files.py", "bench/figures.py"),
     output:
         report(
             multiext(f"{FIGURES}/attacks", ".svg", ".png"),

@@ -5,7 +5,7 @@ rule figures:
     input:
         tables=rules.tables.output,
         published=published_results(),
-        code=code_of("bench/figures.py"),
+        code=code_of("bench/csv_files.py", "bench/figures.py"),
     output:
         curves=report(
             multiext(f"{FIGURES}/certified_accuracy", ".svg", ".png"),

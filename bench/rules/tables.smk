@@ -92,7 +92,12 @@ rule compare_published:
     input:
         accuracy=rules.tables.output.certified_accuracy,
         published=published_results(),
-        code=code_of("bench/published.py", "bench/compare.py", "bench/statistics.py"),
+        code=code_of(
+            "bench/compare.py",
+            "bench/csv_files.py",
+            "bench/published.py",
+            "bench/statistics.py",
+        ),
     output:
         report(
             f"{TABLES}/published.csv",
@@ -117,6 +122,7 @@ rule claims:
         tables=judged_tables,
         code=code_of(
             "bench/claims.py",
+            "bench/csv_files.py",
             "bench/paired.py",
             "bench/smoothing/bounds.py",
             "bench/statistics.py",
@@ -144,7 +150,7 @@ rule overview:
         tables=rules.tables.output,
         logs=rules.tables.input.logs,
         claims=judged_claims,
-        code=code_of("bench/overview.py"),
+        code=code_of("bench/csv_files.py", "bench/overview.py"),
     output:
         OVERVIEW,
     log:
