@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 from safetensors.torch import load_file
 
-from baselines.black_box.prompts import ConstantPrompt, Coordinator, wiener
+from baselines.black_box.prompts import FILTERS, ConstantPrompt, Coordinator, Filter, wiener
 from baselines.black_box.search import Prompted, Search, score_loss
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.black_box.spsa import GradientCorrection, directions, spsa_gradient
@@ -449,3 +449,53 @@ def test_the_folder_holds_the_prompted_black_box(job):
     cost = read_json(constant.output / "cost.json")
     assert cost["trainable_parameters"] == 28 * 28
     assert cost["queries"] == 5 * 64 + 15 * 2 * 32
+
+
+def test_a_filter_is_chosen_by_validation_accuracy_alone(job):
+    point = job.experiment.methods["black_box"]
+    settings = {"prompt": "filter", "queries": len(FILTERS) * 64}
+    untrained = point.model_copy(update={"settings": settings, "learning_rate": None})
+    experiment = job.experiment.model_copy(
+        update={"methods": {**job.experiment.methods, "black_box": untrained}}
+    )
+    filtered = BaselineJob(**{**job.__dict__, "experiment": experiment})
+    train_black_box(filtered)
+    base, model = load_classifier(job.base_folder), load_classifier(job.output)
+    checks = read_json(job.output / "training.json")["checks"]
+    assert [check["filter"] for check in checks] == FILTERS
+    noise = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    noisy = job.data.validation.batch(torch.arange(64)) + 0.5 * noise
+    right = [
+        (base(Filter(1, 28, 28, 0.5, choice)(noisy)).argmax(1) == job.data.validation.labels)
+        for choice in range(len(FILTERS))
+    ]
+    shares = [float(row.float().mean()) for row in right]
+    assert [check["validation_accuracy"] for check in checks] == pytest.approx(shares)
+    assert len(set(shares)) > 1
+    assert model.denoiser.choice == shares.index(max(shares))
+    cost = read_json(job.output / "cost.json")
+    assert cost["trainable_parameters"] == 0
+    assert cost["queries"] == len(FILTERS) * 64
+    with pytest.raises(BenchError, match="give at least 448"):
+        train_black_box(with_settings(filtered, "short", queries=447))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rate", "complaint"),
+    [("filter", 0.1, "chosen, not trained"), ("constant", None, "learning_rate is missing")],
+)
+def test_a_learning_rate_goes_with_what_is_trained(smoke_values, prompt, rate, complaint):
+    method = smoke_values["methods"]["black_box"]
+    method |= {"learning_rate": rate, "settings": {"prompt": prompt}}
+    experiment = parse_experiment(smoke_values, "test")
+    with pytest.raises(BenchError, match=complaint):
+        BlackBoxSettings.check(experiment)
+
+
+def test_filters_are_the_encoders():
+    torch.manual_seed(0)
+    noisy = torch.randn(2, 3, 9, 9)
+    changes = Coordinator(3, 9, 9, 0.5).changes(noisy).view(2, 3, len(FILTERS), 9, 9)
+    for choice in range(len(FILTERS)):
+        filtered = Filter(3, 9, 9, 0.5, choice)(noisy)
+        assert torch.allclose(filtered, noisy + changes[:, :, choice], atol=1e-6)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 BLURS = (0.6, 0.9, 1.3, 2.0)
 WINDOWS = (3, 5, 7)
+FILTERS = [*(f"blur {std}" for std in BLURS), *(f"Wiener {side}" for side in WINDOWS)]
 SMALLEST = 1e-4
 
 
@@ -75,6 +76,27 @@ class Coordinator(nn.Module):
         # Clean pixels lie in [0, 1], so an estimate may be clamped where the noise may not.
         stacked = torch.cat(estimates, 1).clamp(0, 1) - planes
         return stacked.view(len(noisy), -1, *noisy.shape[2:])
+
+
+class Filter(nn.Module):
+    """One filter of the coordinator's encoder in front, nothing trained: a control for prompts."""
+
+    def __init__(
+        self, channels: int, height: int, width: int, sigma: float, choice: int = 0
+    ) -> None:
+        super().__init__()
+        self.sigma, self.choice = sigma, choice
+        if choice < len(BLURS):
+            self.register_buffer("kernel", gaussian(BLURS[choice]), persistent=False)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Filtered pixels `(B, C, H, W)`, in [0, 1]."""
+        planes = noisy.flatten(0, 1)[:, None]
+        if self.choice < len(BLURS):
+            filtered = convolve(planes, self.get_buffer("kernel"))
+        else:
+            filtered = wiener(planes, WINDOWS[self.choice - len(BLURS)], self.sigma)
+        return filtered.clamp(0, 1).view_as(noisy)
 
 
 def gaussian(std: float) -> Tensor:

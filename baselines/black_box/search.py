@@ -189,3 +189,32 @@ class Search:
         event = {"step": step, "reason": reason, "learning_rate": rate}
         self.progress.divergences.append(event)
         return self.progress.best.clone()
+
+
+def pick_filter(
+    model: Prompted,
+    filters: dict[str, nn.Module],
+    data: Data,
+    settings: BlackBoxSettings,
+    sigma: float,
+    seed: int,
+) -> tuple[str, Progress]:
+    """Name of the filter with the highest validation accuracy under noise; `model` ends with it.
+
+    Raises:
+        BenchError: the budget does not pay for a check of each.
+    """
+    least = len(filters) * len(data.validation.labels)
+    if settings.queries < least:
+        raise BenchError(
+            f"settings.queries = {settings.queries} does not pay for checking {len(filters)} "
+            f"filters: give at least {least}, or lower data.validation_images"
+        )
+    progress, begin = Progress(torch.empty(0), ended="all filters tried"), time.perf_counter()
+    for name, prompt in filters.items():
+        model.prompt = prompt
+        found = accuracy(model, data.validation, sigma, seed)
+        progress.checks.append({"filter": name, "validation_accuracy": found})
+    best = max(progress.checks, key=lambda check: check["validation_accuracy"])["filter"]
+    model.prompt, progress.seconds = filters[best], time.perf_counter() - begin
+    return best, progress

@@ -26,7 +26,7 @@ class BlackBoxSettings(BaselineSettings):
     )
 
     access: Access = "logits"
-    prompt: Literal["coordinator", "constant"] = "coordinator"
+    prompt: Literal["coordinator", "constant", "filter"] = "coordinator"
     url: str | None = Field(default=None, pattern=r"^https?://")
     queries: PositiveInt = 500_000
     checks: PositiveInt = 8
@@ -44,11 +44,19 @@ class BlackBoxSettings(BaselineSettings):
         """The settings of one method.
 
         Raises:
-            BenchError: as that of all baselines; or it trains in several processes.
+            BenchError: as that of all baselines; it trains in several processes; or it lacks a
+                learning rate, or has one to no effect.
         """
         if experiment.method_training(method).processes > 1:
             raise BenchError(
                 f"methods.{method}.training.processes: a search by queries is one process: set it "
                 "to 1"
             )
-        return super().of(experiment, method)
+        settings, trains = super().of(experiment, method), experiment.point(method).trains
+        if settings.prompt == "filter" and trains:
+            raise BenchError(
+                f"methods.{method}.learning_rate: a filter is chosen, not trained: remove it"
+            )
+        if settings.prompt != "filter" and not trains:
+            raise BenchError(f"methods.{method}.learning_rate is missing: a prompt is trained")
+        return settings

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from baselines.black_box.prompts import ConstantPrompt, Coordinator
-from baselines.black_box.search import Progress, Prompted, Search
+from baselines.black_box.prompts import FILTERS, ConstantPrompt, Coordinator, Filter
+from baselines.black_box.search import Progress, Prompted, Search, pick_filter
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.command import BaselineJob, run_baseline
 from bench.backbones import Classifier
@@ -19,7 +19,7 @@ from bench.provenance import pick_precision
 from bench.remote import Ledger, RemoteClassifier, RemoteModel, as_scores, show
 from bench.training import TrainingRecord, peak_memory
 
-PROMPTS = {"coordinator": Coordinator, "constant": ConstantPrompt}
+PROMPTS = {"coordinator": Coordinator, "constant": ConstantPrompt, "filter": Filter}
 
 
 def black_box(
@@ -51,9 +51,13 @@ def train_black_box(job: BaselineJob) -> None:
     channels, height, width = job.data.shape
     arguments: dict[str, Any] = {"channels": channels, "height": height, "width": width}
     arguments["sigma"] = job.sigma
-    model.prompt = factory(**arguments).to(job.device)
-    search = Search(model, job.data, settings, job.training, job.learning_rate, job.sigma, job.seed)
-    progress = search.run()
+    if settings.prompt == "filter":
+        chosen, progress = choose_filter(job, settings, model, arguments)
+        arguments["choice"] = FILTERS.index(chosen)
+    else:
+        model.prompt = factory(**arguments).to(job.device)
+        named = (model, job.data, settings, job.training, job.learning_rate, job.sigma, job.seed)
+        progress = Search(*named).run()
     classifier.denoiser = model.prompt
     component = Component(
         factory=f"{factory.__module__}:{factory.__qualname__}", arguments=arguments
@@ -63,6 +67,18 @@ def train_black_box(job: BaselineJob) -> None:
         spec = spec.model_copy(update={"backbone": classifier.network.pinned})
     cost = cost_of(job, classifier, ledger.spent, progress)
     save_model(job.output, classifier, spec, job.identity, cost, report_of(job, progress))
+
+
+def choose_filter(
+    job: BaselineJob, settings: BlackBoxSettings, model: Prompted, arguments: dict[str, Any]
+) -> tuple[str, Progress]:
+    """`pick_filter` among those of the coordinator's encoder."""
+    filters: dict[str, nn.Module] = {
+        name: Filter(**arguments, choice=i).to(job.device) for i, name in enumerate(FILTERS)
+    }
+    # Where a model is, its first weight tells, and a filter has none.
+    model.place = nn.Parameter(torch.empty(0, device=job.device))
+    return pick_filter(model, filters, job.data, settings, job.sigma, job.seed)
 
 
 def cost_of(
