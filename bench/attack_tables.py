@@ -21,7 +21,8 @@ def build_attack_tables(experiment: Experiment, logs: list[Path], folder: Path) 
     """Write `attacks.csv` and `soundness.csv`; return the latter.
 
     Raises:
-        BenchError: a log of a method, sigma and seed is missing, foreign or cut off.
+        BenchError: a log of a method, sigma and seed is missing, foreign or cut off, or of another
+            attack.
     """
     read = [_read_complete(experiment, path) for path in logs]
     check_points([sidecar for sidecar, _ in read], experiment.attacked())
@@ -40,6 +41,15 @@ def _read_complete(experiment: Experiment, path: Path) -> tuple[dict[str, Any], 
     sidecar = own_row(experiment, path, read_json(path.with_suffix(".json")))
     if not path.exists() or sidecar.get("log_sha256") != sha256_file(path):
         raise BenchError(f"{path} is missing or not what its .json was written for: attack again")
+    planned, made = experiment.attack_settings.part_of_log, sidecar.get("attack")
+    if made is None:
+        raise BenchError(f"{path} is no log of an attack: name those of `bench attack`")
+    for key, value in planned.items():
+        if made.get(key) != value:
+            raise BenchError(
+                f"{path}: {key} of the attack is {made.get(key)}, the experiment has {value}: "
+                "attack again"
+            )
     return sidecar, pd.read_csv(path, sep="\t")
 
 
@@ -80,7 +90,7 @@ def attacked_accuracy(log: pd.DataFrame, radii: list[float]) -> pd.DataFrame:
 
     Returns:
         `radius, value` with its 95 % interval `low, high`, `certified` on the same images, the
-        share `abstained` of kept images without an answer at that radius, `n_images`.
+        share `abstained` of images without an answer at that radius, `n_images`.
     """
     images = log.drop_duplicates("idx")
     wrong = log[~log["predict"].isin([ABSTAIN]) & (log["predict"] != log["label"])]

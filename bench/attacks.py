@@ -25,7 +25,7 @@ from bench.progress import track
 from bench.provenance import pick_device, provenance
 from bench.resolution import resized
 from bench.smoothing.engine import certify
-from bench.smoothing.log import read_own_log, write_log
+from bench.smoothing.log import check_log_name, read_own_log, write_log
 from bench.smoothing.noise import BLOCK, key_tensor, noise_key, standard_normal
 from bench.smoothing.protocol import Protocol
 from bench.smoothing.rules import ABSTAIN
@@ -180,6 +180,7 @@ def attack_method(
         BenchError: the certificates are not this model's, or it has no gradients.
     """
     begin, settings = time.perf_counter(), experiment.attack_settings
+    check_log_name(output)
     check_identity(model, identity_of(experiment, method, sigma, seed))
     spec = read_spec(model)
     data = resized(load_data(experiment.data), spec.noise_size)
@@ -201,7 +202,7 @@ def attack_method(
 def _meaning(settings: AttackSettings, protocol: dict[str, Any]) -> dict[str, Any]:
     """Part of the sidecar: the attack, and the protocol of the certificates that it attacks."""
     return {
-        "attack": settings.model_dump(exclude={"methods", "sigmas"}),
+        "attack": settings.part_of_log,
         "noise_seed": protocol["noise_seed"],
         "noise_resolution": protocol["noise_resolution"],
         "certificate_alpha": protocol["alpha_per_image"],
@@ -237,7 +238,7 @@ def _attack_on(
     gradients.to(images.device)
     # On CPUs the fused kernel's backward is slower than plain matrix products.
     set_fused_attention(gradients, images.device.type != "cpu")
-    if experiment.certification.compile:
+    if protocol["compile"] != "none":
         shape = (protocol["batch_size"], *images.shape[1:])
         compile_for_inference(answers, images[:1].expand(shape).clone())
     return Attack(

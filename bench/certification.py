@@ -1,7 +1,7 @@
 """Certification jobs: a classifier and a protocol in, a log and its sidecar out."""
 
-import inspect
 import logging
+from collections import deque
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-import bench
 from bench.backbones import Classifier, compile_for_inference
 from bench.config import CertificationSettings, Experiment, NoiseResolution
 from bench.data import ImageSplit, load_data, spread
@@ -26,11 +25,26 @@ from bench.model_folder import (
     read_spec,
 )
 from bench.progress import track
-from bench.provenance import machine, pick_device, pick_precision, provenance
+from bench.provenance import (
+    code_sha256,
+    machine,
+    model_sources,
+    pick_device,
+    pick_precision,
+    provenance,
+)
+from bench.remote import RemoteClassifier
 from bench.resolution import Resized, resized
 from bench.smoothing.engine import Certificate, certify
 from bench.smoothing.journal import Journal, kept_meaning
-from bench.smoothing.log import cohen_path, read_own_log, write_cohen_log, write_log
+from bench.smoothing.log import (
+    check_log_name,
+    check_positive,
+    cohen_path,
+    read_own_log,
+    write_cohen_log,
+    write_log,
+)
 from bench.smoothing.noise import BLOCK
 from bench.smoothing.protocol import Protocol, reachable_radii
 from bench.smoothing.rules import Decide, plan_of
@@ -104,8 +118,9 @@ def certify_method(
         shard: which share of the images, from 1.
 
     Raises:
-        BenchError: the model folder is another's, or there is no such shard.
+        BenchError: the model folder is another's, sigma is 0, or there is no such shard.
     """
+    check_positive(sigma=sigma)
     task = _task_of(experiment, method, sigma, seed, model, shard)
     run_task(task, output, experiment.gpus_per_job)
 
@@ -168,8 +183,7 @@ def run_task(task: Task, output: Path, gpus: int = 0) -> pd.DataFrame:
         BenchError: the experiment gives the job `gpus` and torch sees none; `output` does not end
             in .tsv, so its companions could overwrite others'; or no batch fits.
     """
-    if output.suffix != ".tsv":
-        raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")
+    check_log_name(output)
     device = pick_device(gpus)
     images = task.test.batch(task.wanted).to(device)
     task.classifier.for_inference(pick_precision(task.settings.precision, device)).to(device)
@@ -229,7 +243,7 @@ def _certify_in_batches(
     protocol = replace(task.protocol, batch_size=size)
     labels, ids = task.test.labels[task.wanted].tolist(), task.wanted.tolist()
     stream = certify(task.classifier, images, labels, ids, protocol, task.classes, journal)
-    state = Progress()
+    state = Progress(ids)
     rows = [
         asdict(state.add(certificate))
         for certificate in track(stream, len(labels), "certifying", state.text)
@@ -267,17 +281,24 @@ def _meaning(task: Task, device: torch.device) -> dict[str, Any]:
         "noise_seed": protocol.seed,
         "alpha_per_image": protocol.alpha_per_image,
         **_resolution(task.test),
-        "precision": pick_precision(settings.precision, device),
+        "precision": _precision(task, device),
         "compile": "inductor" if settings.compile else "none",
         "n_images": len(task.wanted),
         "image_shape": list(task.test.batch(task.wanted[:1]).shape[1:]),
         "model_sha256": task.model_sha256,
         "data_sha256": task.data_sha256,
         "images_sha256": sha256_json(task.wanted.tolist()),
-        "code_sha256": _code_hash(task.classifier),
+        "code_sha256": code_sha256(_sources(task.classifier)),
         "machine": machine(device),
         "versions": provenance(device)["versions"],
     }
+
+
+def _precision(task: Task, device: torch.device) -> str:
+    """Of the network; a served one's is its server's business, and not known here."""
+    if isinstance(task.classifier, RemoteClassifier):
+        return "served"
+    return pick_precision(task.settings.precision, device)
 
 
 def _resolution(test: ImageSplit) -> dict[str, Any]:
@@ -293,43 +314,44 @@ def _planned(meaning: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in meaning.items() if key not in free}
 
 
-def _code_hash(classifier: Classifier) -> str:
-    """Hash of the sources that votes and decisions come from: this project's, of this model."""
-    root = Path(bench.__file__).parent
-    stages = (root / f"{name}.py" for name in ("data", "model_folder", "resolution"))
-    files = {*root.glob("smoothing/*.py"), *stages, Path(__file__)}
-    kinds = {kind for module in classifier.modules() for kind in type(module).__mro__}
-    written = (kind for kind in kinds if kind.__module__ != "builtins")
-    for source in map(Path, map(inspect.getfile, written)):
-        # Not the checkout: it may hold the environment as well.
-        if any(source.is_relative_to(place) for place in (root, root.parent / "baselines")):
-            files.add(source)
-    return sha256_json(sorted((path.name, sha256_file(path)) for path in files))
+def _sources(classifier: Classifier) -> set[Path]:
+    """What votes and decisions come from."""
+    root = Path(__file__).parent
+    stages = (root / f"{name}.py" for name in ("data", "resolution"))
+    return {*model_sources(classifier), *root.glob("smoothing/*.py"), *stages, Path(__file__)}
 
 
 class Progress:
-    """Running text: certified correctly so far with interval, samples per image."""
+    """Running text: certified correctly so far with interval, samples per image.
 
-    def __init__(self) -> None:
-        self.images, self.right, self.samples = 0, 0, 0
+    Images end in an order that depends on how clear their votes are, so those that have ended are
+    no sample of all; the first ones of `ids` that have all ended are.
+    """
+
+    def __init__(self, ids: list[int]) -> None:
+        self.waiting, self.ended = deque(ids), dict[int, int]()
+        self.first, self.right, self.samples = 0, 0, 0
 
     def add(self, certificate: Certificate) -> Certificate:
         """Count one certificate and hand it on."""
-        self.images += 1
-        self.right += certificate.correct
+        self.ended[certificate.idx] = certificate.correct
         self.samples += certificate.samples
+        while self.waiting and self.waiting[0] in self.ended:
+            self.first += 1
+            self.right += self.ended[self.waiting.popleft()]
         return certificate
 
     def text(self) -> str:
         """For the progress bar."""
-        if not self.images:
+        if not self.ended:
             return ""
-        low, high = accuracy_interval(self.right, self.images)
-        share = 100 * self.right / self.images
-        return (
-            f"certified {share:.1f} % [{100 * float(low):.1f}, {100 * float(high):.1f}], "
-            f"{self.samples / self.images:.0f} samples per image"
-        )
+        drawn = f"{self.samples / len(self.ended):.0f} samples per image"
+        if not self.first:
+            return drawn
+        low, high = accuracy_interval(self.right, self.first)
+        share = 100 * self.right / self.first
+        interval = f"[{100 * float(low):.1f}, {100 * float(high):.1f}]"
+        return f"certified {share:.1f} % {interval} of the first {self.first}, {drawn}"
 
 
 def _any_known(values: list[bool | None]) -> bool | None:
@@ -345,8 +367,12 @@ def gather(shards: list[Path], output: Path) -> None:
     """Put the logs of all shards together.
 
     Raises:
-        BenchError: they do not belong together or do not cover the images.
+        BenchError: they do not belong together or do not cover the images; or `output` is one of
+            them, or does not end in .tsv.
     """
+    check_log_name(output)
+    if output.resolve() in [path.resolve() for path in shards]:
+        raise BenchError(f"--output {output} is one of the shards: name another file")
     read = [read_own_log(path) for path in shards]
     sidecars = [protocol for protocol, _ in read]
     own = {"n_images", "images_sha256", "log_sha256", *SPENT, "machine", "batch_size", *CHECKOUT}

@@ -226,6 +226,9 @@ def serve(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     access: Annotated[Access, typer.Option(help="What the answers show.")] = "logits",
     precision: Annotated[Precision, typer.Option(help="Of the network.")] = "auto",
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Images per request; fewer where one takes a minute.")
+    ] = 1024,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
@@ -236,7 +239,7 @@ def serve(
         raise BenchError(
             f"{error.name} is not installed: pip install -c requirements.lock -e '.[serve]'"
         ) from None
-    serve(model, access, precision, host, port)
+    serve(model, access, precision, max_batch, host, port)
 
 
 @app.command()

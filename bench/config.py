@@ -591,6 +591,11 @@ class AttackSettings(Settings):
             raise ValueError(f"batch_size must hold the draws of an image: {self.draws} or more")
         return self
 
+    @property
+    def part_of_log(self) -> dict[str, Any]:
+        """What an attack log depends on; which points are attacked is the experiment's matter."""
+        return self.model_dump(exclude={"methods", "sigmas"})
+
 
 class FigureSettings(Settings):
     """How the figures show accuracy against cost."""

@@ -1,6 +1,7 @@
 """Which code, versions and machine made a number."""
 
 import hashlib
+import inspect
 import os
 import platform
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.errors import BenchError
+from bench.files import sha256_file, sha256_json
 
 PACKAGES = ("torch", "timm", "peft", "diffusers", "numpy", "scipy", "pillow")
 
@@ -58,6 +60,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "machine": machine(device),
         "device": device.type,
     }
+
+
+def model_sources(model: nn.Module) -> set[Path]:
+    """The files of this project that a model's answers come from."""
+    root = Path(__file__).parent
+    files = {root / "model_folder.py"}
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    written = (kind for kind in kinds if kind.__module__ != "builtins")
+    for source in map(Path, map(inspect.getfile, written)):
+        # Not the checkout: it may hold the environment as well.
+        if any(source.is_relative_to(place) for place in (root, root.parent / "baselines")):
+            files.add(source)
+    return files
+
+
+def code_sha256(files: set[Path]) -> str:
+    """Hex sha256 of files' names and contents, wherever they lie."""
+    return sha256_json(sorted((path.name, sha256_file(path)) for path in files))
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

@@ -130,7 +130,7 @@ def as_scores(shown: Tensor, access: Access, classes: int) -> Tensor:
     if access != "top1":
         return shown
     scores = F.one_hot(shown.clamp_min(0), classes).float()
-    return scores.masked_fill((shown == NO_CLASS)[:, None], torch.nan)
+    return scores.masked_fill((shown < 0)[:, None], torch.nan)
 
 
 class RemoteModel(nn.Module):
@@ -152,7 +152,10 @@ class RemoteModel(nn.Module):
         super().__init__()
         self.settings = settings
         self.ledger = ledger or Ledger()
-        self.client = httpx2.Client(base_url=settings.url, timeout=settings.timeout)
+        try:
+            self.client = httpx2.Client(base_url=settings.url, timeout=settings.timeout)
+        except httpx2.InvalidURL as error:
+            raise BenchError(f"{settings.url} is no address ({error}): correct it") from None
         self.retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(settings.attempts),
             wait=wait,
@@ -197,7 +200,8 @@ class RemoteModel(nn.Module):
         except (httpx2.TransportError, Unanswered) as error:
             raise BenchError(
                 f"{self.settings.url} gave no answer in {self.settings.attempts} attempts "
-                f"({error!r}): see to the server and rerun"
+                f"({error!r}): see to the server and rerun; start it with a smaller --max-batch if "
+                f"{self.description.max_batch} images take it more than {self.settings.timeout:g} s"
             ) from None
 
     def _attempt(self, question: str, images: int) -> Tensor:

@@ -12,11 +12,17 @@ from bench.errors import BenchError
 from bench.files import sha256_json
 from bench.memory import out_of_memory
 from bench.model_folder import load_classifier, read_spec
-from bench.provenance import machine, pick_device, pick_precision
+from bench.provenance import (
+    code_sha256,
+    machine,
+    model_sources,
+    pick_device,
+    pick_precision,
+    versions,
+)
 from bench.remote import Answer, Description, Question, WireArray, show
 
 log = logging.getLogger(__name__)
-MAX_BATCH = 1024
 
 
 def create_app(classifier: Classifier, described: Description) -> FastAPI:
@@ -59,8 +65,8 @@ def create_app(classifier: Classifier, described: Description) -> FastAPI:
     return app
 
 
-def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
-    """The application that serves a model folder.
+def app_of(folder: Path, access: Access, precision: str, max_batch: int = 1024) -> FastAPI:
+    """The application that serves a model folder, `max_batch` images at a time.
 
     Raises:
         BenchError: the folder is no model folder, or takes images that are resized outside.
@@ -74,19 +80,24 @@ def app_of(folder: Path, access: Access, precision: str) -> FastAPI:
     precision = pick_precision(precision, device)
     classifier = load_classifier(folder).for_inference(precision).to(device)
     # All that the answers' bits depend on.
-    model = sha256_json([spec.model_dump(), access, precision, torch.__version__, machine(device)])
+    code = code_sha256({*model_sources(classifier), Path(__file__)})
+    parts = [spec.model_dump(), access, precision, code, versions(), machine(device)]
     described = Description(
-        model=model,
+        model=sha256_json(parts),
         access=access,
         classes=spec.classes,
         channels=spec.channels,
-        max_batch=MAX_BATCH,
+        max_batch=max_batch,
     )
     return create_app(classifier, described)
 
 
-def serve(folder: Path, access: Access, precision: str, host: str, port: int) -> None:
+def serve(
+    folder: Path, access: Access, precision: str, max_batch: int, host: str, port: int
+) -> None:
     """Serve a model folder until interrupted."""
     import uvicorn
 
-    uvicorn.run(app_of(folder, access, precision), host=host, port=port, log_level="warning")
+    uvicorn.run(
+        app_of(folder, access, precision, max_batch), host=host, port=port, log_level="warning"
+    )

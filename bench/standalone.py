@@ -96,7 +96,10 @@ def _classifier(model: str) -> tuple[Classifier, int | None, str]:
     import timm
 
     name = model.removeprefix(TIMM)
-    config = timm.get_pretrained_cfg(name)
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError:  # of a tag that it does not know
+        config = None
     if config is None:
         raise BenchError(f"--model {model}: timm has no pretrained weights of that name")
     backbone = BackboneSettings(timm=name, pretrained=True)

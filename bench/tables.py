@@ -34,7 +34,7 @@ COSTS = [
 LEADERBOARD_STEPS = 4
 VOTE_SHARES = 101
 # What all certificates of an experiment have in common.
-ALIKE = ("mode", "n0", "n", "alpha", "candidate", "family_size")
+ALIKE = ("mode", "n0", "n", "alpha", "candidate", "family_size", "futility", "data_sha256")
 Point: TypeAlias = tuple[str, float, int]  # method, sigma, seed
 
 
@@ -345,6 +345,9 @@ def build_tuning(experiment: Experiment, reports: list[Path], output: Path) -> l
         BenchError: a trial's report is missing, there twice, or foreign.
     """
     found = [own_row(experiment, path, read_json(path)) for path in reports]
+    for path, report in zip(reports, found, strict=True):
+        if "validation_accuracy" not in report:
+            raise BenchError(f"{path} has no validation_accuracy: name training.json of a trial")
     sigma, seed = experiment.tuning.sigma, experiment.seeds[0]
     at = {trial: experiment.training_sigma(trial, sigma) for trial in experiment.trials()}
     check_points(found, [(trial, level, seed) for trial, level in at.items()])

@@ -337,10 +337,23 @@ def test_a_missing_or_foreign_log_is_named(world, tmp_path):
         build_attack_tables(experiment, logs[1:], Path("nowhere"))
     with pytest.raises(BenchError, match=r"is of .*, not of another"):
         build_attack_tables(experiment.model_copy(update={"name": "another"}), logs, Path("no"))
+    attack = experiment.attack_settings
+    longer = experiment.model_copy(update={"attack": attack.model_copy(update={"steps": 3})})
+    with pytest.raises(BenchError, match="steps of the attack is 2, the experiment has 3"):
+        build_attack_tables(longer, logs, Path("nowhere"))
+    with pytest.raises(BenchError, match="is no log of an attack"):
+        build_attack_tables(experiment, [folder / "undefended.tsv"], Path("nowhere"))
     # Cut at the end of a line, where no image is missing but what became of one's certificate.
     logs[0].write_text("".join(logs[0].read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(BenchError, match=r"undefended\.tsv is missing or not what its"):
         build_attack_tables(experiment, logs, Path("nowhere"))
+
+
+def test_an_attack_log_needs_its_ending(world):
+    experiment, folder = world
+    log = folder / "undefended.tsv"
+    with pytest.raises(BenchError, match="must end in"):
+        attack_method(experiment, "undefended", SIGMA, 0, log, log, folder / "attack.json")
 
 
 def test_certificates_of_another_model_are_refused(world):

@@ -21,7 +21,13 @@ from baselines.black_box.spsa import GradientCorrection, directions, spsa_gradie
 from baselines.black_box.train import train_black_box
 from baselines.command import BaselineJob
 from bench.backbones import create_classifier
-from bench.config import RemoteSettings, TrainingSettings, parse_experiment
+from bench.certification import Task, protocol_of, run_task
+from bench.config import (
+    CertificationSettings,
+    RemoteSettings,
+    TrainingSettings,
+    parse_experiment,
+)
 from bench.data import ArraySplit, Data
 from bench.errors import BenchError
 from bench.files import read_json
@@ -32,6 +38,7 @@ from bench.remote import (
     BudgetSpent,
     Description,
     Ledger,
+    RemoteClassifier,
     RemoteModel,
     WireArray,
     as_scores,
@@ -281,6 +288,16 @@ class Faulty:
         answer = {"model": "toy", "answers": WireArray.of(torch.zeros(1, 2)).model_dump()}
         await self.reply(send, 200, json.dumps(answer).encode())
 
+    async def outside(self, scope, receive, send):
+        await self.classes(send, [0, 1, 2, 0])
+
+    async def below(self, scope, receive, send):
+        await self.classes(send, [0, 1, -5, 0])
+
+    async def classes(self, send, shown):
+        answers = WireArray.of(torch.tensor(shown)).model_dump()
+        await self.reply(send, 200, json.dumps({"model": "toy", "answers": answers}).encode())
+
     async def cut(self, scope, receive, send):
         async def shortened(message):
             if message["type"] == "http.response.body":
@@ -306,6 +323,16 @@ def test_failed_requests_are_repeated_and_counted_where_they_may_have_been_answe
     assert torch.equal(answers, shifted(0.5)(pixels))
     # 4 + 2 images; the first 4 were asked 7 times, one of which was refused.
     assert remote.ledger.spent == 6 * 4 + 2
+
+
+def test_a_class_that_does_not_exist_is_no_answer():
+    pixels = torch.rand(4, 1, 8, 8)
+    with served(Faulty(toy_app("top1"), ["outside", "below"])) as url:
+        remote = RemoteModel(RemoteSettings(url=url), wait=AT_ONCE)
+        votes = vote(remote(pixels), 2)
+    assert torch.equal(votes, shifted(0.5)(pixels).argmax(1))
+    assert remote.ledger.spent == 3 * 4
+    assert vote(as_scores(torch.tensor([-5, 1]), "top1", 2), 2).tolist() == [2, 1]
 
 
 def test_a_server_that_becomes_another_model_ends_the_run():
@@ -337,6 +364,8 @@ def test_a_dead_server_is_one_error_and_no_query():
     with pytest.raises(BenchError, match="gave no answer in 2 attempts"):
         remote(torch.rand(3, 1, 8, 8))
     assert remote.ledger.spent == 0
+    with pytest.raises(BenchError, match="http://localhost:80a is no address"):
+        RemoteModel(RemoteSettings(url="http://localhost:80a"))
     with pytest.raises(BenchError, match="does not describe a model"):
         RemoteModel(RemoteSettings(url=url, attempts=1), wait=AT_ONCE)
 
@@ -410,12 +439,33 @@ def certificates(folder, job: BaselineJob) -> list[tuple[int, float, int]]:
     return sorted((c.idx, c.predict, c.n_a) for c in found)
 
 
-def test_a_server_that_shows_something_else_is_another_model(job):
-    identities = set()
-    for access in ("logits", "probabilities", "top1"):
-        with served(app_of(job.base_folder, access, "float32")) as url:
-            identities.add(RemoteModel(RemoteSettings(url=url), wait=AT_ONCE).description.model)
-    assert len(identities) == 3
+def test_a_server_whose_answers_may_differ_is_another_model(job, monkeypatch):
+    def identity(access="logits", precision="float32", max_batch=1024):
+        with served(app_of(job.base_folder, access, precision, max_batch)) as url:
+            described = RemoteModel(RemoteSettings(url=url), wait=AT_ONCE).description
+        assert described.max_batch == max_batch
+        return described.model
+
+    plain = identity()
+    assert identity(max_batch=8) == plain
+    others = [identity("probabilities"), identity("top1"), identity(precision="bfloat16")]
+    parts = {"code_sha256": lambda files: "", "versions": dict, "machine": lambda device: ""}
+    for name, another in parts.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(f"bench.serving.{name}", another)
+            others.append(identity())
+    assert len({plain, *others}) == 7
+
+
+def test_the_precision_of_a_served_network_is_not_known_here(tmp_path):
+    settings = CertificationSettings(n=64, mode="cohen", batch_size=64, test_images=2)
+    test = ArraySplit(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
+    protocol, names = protocol_of(settings, "toy", 0.5, 0, 0.25, 2), {"sigma": 0.5}
+    with served(toy_app()) as url:
+        classifier = RemoteClassifier(RemoteModel(RemoteSettings(url=url), wait=AT_ONCE)).eval()
+        identity = ("m", test, 2, "d", torch.arange(2))
+        run_task(Task(classifier, *identity, protocol, settings, names), tmp_path / "log.tsv")
+    assert read_json(tmp_path / "log.json")["precision"] == "served"
 
 
 def test_training_against_a_server_is_training_against_the_folder(job):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 
 from bench.backbones import Classifier, create_classifier
-from bench.certification import Task, gather, protocol_of, run_task
+from bench.certification import Progress, Task, gather, protocol_of, run_task
 from bench.cli import run_guarded
 from bench.config import BackboneSettings, CertificationSettings, DataSettings, TrainingSettings
 from bench.data import ArraySplit, data_folder, fetch, load_data
@@ -37,6 +38,8 @@ from bench.model_folder import (
     load_classifier,
     save_model,
 )
+from bench.provenance import pick_precision
+from bench.smoothing.journal import Journal
 from bench.smoothing.log import read_own_log
 from bench.tables import build_tables
 from bench.training import accuracy, fit
@@ -198,7 +201,34 @@ def test_certification_killed_at_every_use_of_a_file(tmp_path, whole):
     assert moment > 7
 
 
-@pytest.mark.parametrize("part", ["model", "data", "noise", "code", "versions", "machine"])
+def test_progress_shows_a_share_of_images_that_were_not_picked_by_being_fast():
+    shown, ids = Progress([0, 2, 4, 6]), iter([6, 2, 0, 4])
+    assert shown.text() == ""
+
+    def certificate(idx: int, correct: int) -> SimpleNamespace:
+        return SimpleNamespace(idx=idx, correct=correct, samples=100)
+
+    for correct in (0, 0):
+        shown.add(certificate(next(ids), correct))  # type: ignore[arg-type]
+    assert shown.text() == "100 samples per image"
+    shown.add(certificate(next(ids), 1))  # type: ignore[arg-type]
+    assert shown.text().startswith("certified 50.0 % [1.3, 98.7] of the first 2,")
+    shown.add(certificate(next(ids), 1))  # type: ignore[arg-type]
+    assert shown.text().startswith("certified 50.0 % [6.8, 93.2] of the first 4,")
+
+
+def test_votes_where_nothing_may_be_written_are_one_error(tmp_path, monkeypatch):
+    def refused(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "log.votes.jsonl")
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(BenchError, match=r"votes\.jsonl cannot be written: Permission denied"):
+        Journal(tmp_path / "log.votes.jsonl", "meaning")
+
+
+@pytest.mark.parametrize(
+    "part", ["model", "data", "noise", "code", "versions", "machine", "precision"]
+)
 def test_votes_of_something_else_are_not_continued(part, tmp_path, monkeypatch):
     """Votes that certify nothing lie there; a run that took them up would certify nothing."""
     output = tmp_path / "log.tsv"
@@ -212,7 +242,11 @@ def test_votes_of_something_else_are_not_continued(part, tmp_path, monkeypatch):
             changed, protocol=replace(changed.protocol, seed=changed.protocol.seed + 1)
         )
     elif part == "code":
-        monkeypatch.setattr("bench.certification._code_hash", lambda classifier: "another")
+        monkeypatch.setattr("bench.certification.code_sha256", lambda files: "another")
+    elif part == "precision":
+        other = {"float32": "bfloat16"}.get(pick_precision("auto", torch.device("cpu")), "float32")
+        settings = changed.settings.model_copy(update={"precision": other})
+        changed = replace(changed, settings=settings)
     elif part == "machine":
         monkeypatch.setattr("bench.certification.machine", lambda device: "another")
     else:
@@ -488,6 +522,9 @@ def test_gathering_killed_at_every_use_of_a_file(tmp_path, whole):
     output, moment = tmp_path / "gathered/log.tsv", 1
     with pytest.raises(BenchError, match="lack images of the run"):
         gather(shards[:1], output)
+    for wrong, why in ((output.with_suffix(".json"), "must end in"), (shards[1], "is one of")):
+        with pytest.raises(BenchError, match=why):
+            gather(shards, wrong)
     assert not output.exists()
     while killed_at(moment, output.parent, lambda: gather(shards, output)):
         equal_or_refused(lambda: read_own_log(output)[1], whole)

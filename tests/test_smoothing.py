@@ -193,12 +193,30 @@ def test_the_label_as_candidate_saves_the_pilot():
     assert {row["n0"] for row in right} == {0}
 
 
+@pytest.mark.parametrize(("label", "share"), [(0, 0.8), (1, 0.2)])
+def test_the_pilot_counts_votes_for_the_label_whoever_wins(label, share):
+    images = torch.zeros(4, *SHAPE)
+    rows = certificates(images, protocol(n0=4096), model=Biased(0.8), labels=[label] * 4)
+    assert {row["candidate"] for row in rows} == {0}
+    assert [row["n0_label"] / row["n0"] for row in rows] == pytest.approx([share] * 4, abs=0.03)
+
+
 def test_alpha_over_the_data_set_certifies_less():
     images = torch.zeros(20, *SHAPE)
     alone = certificates(images, protocol(), model=Biased(0.9))
     shared = certificates(images, protocol(family_size=20), model=Biased(0.9))
     for one, other in zip(alone, shared, strict=True):
         assert other["radius"] < one["radius"]
+
+
+def test_alpha_over_the_data_set_answers_less():
+    """Some 200 of 300 votes are surer than 0.001, and not than that over so many images."""
+    images = torch.zeros(20, *SHAPE)
+    settings = protocol(mode="predict", n=300)
+    alone = certificates(images, settings, model=Biased(0.66))
+    shared = certificates(images, replace(settings, family_size=10**12), model=Biased(0.66))
+    assert {row["predict"] for row in alone} == {0}
+    assert {row["predict"] for row in shared} == {-1}
 
 
 @pytest.mark.parametrize("mode", MODES)

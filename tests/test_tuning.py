@@ -13,6 +13,7 @@ import yaml
 
 from bench.config import parse_experiment
 from bench.errors import BenchError
+from bench.files import write_json
 from bench.tables import build_tuning
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,10 @@ def test_every_trial_has_the_budget_of_tuning_and_no_method_changes(with_grids, 
         (lambda paths: paths.append(paths[0]), "is given more than once"),
         (lambda paths: rename(paths[0], method="lora"), "lora__lr_0.001 at .* no results yet"),
         (lambda paths: rename(paths[0], experiment="other"), "is of other, not of smoke"),
+        (
+            lambda paths: write_json(paths[0], {"experiment": "smoke"}),
+            r"lora\S+ has no validation_accuracy",
+        ),
     ],
 )
 def test_trials_that_are_missing_or_foreign_pick_nothing(change, said, smoke, tmp_path):

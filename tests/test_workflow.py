@@ -320,6 +320,7 @@ def test_what_certify_cannot_take_is_refused(done, tmp_path):
         "give --image-size": (model, str(folder.parent)),
         "give --image-size, which": (model, "imagenet"),
         "timm has no pretrained weights": ("timm:nothing", "fashion_mnist"),
+        "weights of that name": ("timm:vit_base_patch16_224.nothing", "fashion_mnist"),
         "classifier.json is missing": (str(tmp_path), "fashion_mnist"),
     }
     for message, (named, data) in cases.items():

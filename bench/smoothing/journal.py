@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.errors import BenchError
-from bench.files import atomic_write, lock, make_folder
+from bench.files import UNWRITABLE, atomic_write, lock, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +33,17 @@ class Journal:
             the log says, and taken back by the run that they fit.
 
     Raises:
-        BenchError: another run writes the file, or it is damaged.
+        BenchError: another run writes the file, it cannot be written, or it is damaged.
     """
 
     def __init__(self, path: Path, meaning: str):
         make_folder(path.parent)
         self.path = path
         # One descriptor for the whole run: what another run does to the name cannot mix votes.
-        self._stream = path.open("a+b")
+        try:
+            self._stream = path.open("a+b")
+        except UNWRITABLE as error:
+            raise BenchError(f"{path} cannot be written: {error.strerror}") from None
         lock(self._stream.fileno(), path)
         self._stream.seek(0)
         # The last piece is empty, or a line that a kill cut off.

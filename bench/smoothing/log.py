@@ -181,6 +181,16 @@ def import_log(path: Path, sigma: float, radius_step: float) -> pd.DataFrame:
     return curve.assign(sigma=sigma, source=path.as_posix())
 
 
+def check_log_name(output: Path) -> None:
+    """Refuse a log whose companions could overwrite it or others'.
+
+    Raises:
+        BenchError: it does not end in .tsv.
+    """
+    if output.suffix != ".tsv":
+        raise BenchError(f"--output {output} must end in .tsv: its companions replace that ending")
+
+
 def check_positive(**options: float) -> None:
     """Refuse a command-line number that is not positive and finite.
 
