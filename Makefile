@@ -5,7 +5,7 @@ EXPERIMENT ?= config/quick.yaml
 ifeq ($(wildcard $(EXPERIMENT)),)
 $(error there is no experiment file $(EXPERIMENT))
 endif
-NAME := $(shell sed -n 's/^name: *\([a-z0-9_]*\).*/\1/p' "$(EXPERIMENT)")
+NAME := $(shell sed -n 's/^name: *["'\'']\{0,1\}\([a-z0-9_]*\).*/\1/p' "$(EXPERIMENT)")
 READY := .venv/.installed
 RUN := source .venv/bin/activate &&
 SNAKEMAKE := $(RUN) snakemake --configfile "$(EXPERIMENT)"

@@ -28,6 +28,9 @@ for baseline in sorted(Path(workflow.basedir).glob("baselines/*/rules.smk")):
     include: str(baseline)
 
 
+check_claimed()
+
+
 include: "bench/rules/certify.smk"
 include: "bench/rules/tables.smk"
 include: "bench/rules/attacks.smk"

@@ -33,8 +33,13 @@ class BaselineSettings(Settings):
         """Check every method of this baseline, and its trials.
 
         Raises:
-            BenchError: as `of`.
+            BenchError: as `of`; or `baseline` is not the name of the folder.
         """
+        folder = cls.__module__.split(".")[1]
+        if getattr(cls, "baseline", None) != folder:
+            raise BenchError(
+                f'{cls.__module__}.{cls.__name__}: set `baseline: ClassVar[str] = "{folder}"`'
+            )
         for name in (*experiment.methods, *experiment.trials()):
             if experiment.point(name).baseline == cls.baseline:
                 cls.of(experiment, name)

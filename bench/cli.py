@@ -230,7 +230,7 @@ def serve(
         int, typer.Option(min=1, help="Images per request; fewer where one takes a minute.")
     ] = 1024,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve a model folder as a black box over HTTP (docs/black-box.md)."""
     try:

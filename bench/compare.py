@@ -4,6 +4,7 @@ The two are taken as independent. Runs on the same images and noise differ by le
 that between them a small loss passes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +16,24 @@ from bench.errors import BenchError
 from bench.statistics import accuracy_interval, independent_difference_interval
 
 POINT = ["method", "sigma", "seed"]
+CURVE = ["radius", "value", "low", "high", "n_images"]
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """A table of a result folder.
+def read_table(folder: Path, name: str, numbers: Sequence[str] = ()) -> pd.DataFrame:
+    """A table of a result folder, by method, sigma and seed.
 
     Raises:
-        BenchError: it has none of that name.
+        BenchError: it has none of that name, or it lacks a column.
     """
     for path in (folder / "tables" / name, folder / name):
         if path.exists():
-            return read_csv(path)
+            return read_csv(path, ["method"], ["sigma", "seed", *numbers])
     raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
 
 
-def _joined(a: Path, b: Path, name: str, keys: list[str]) -> pd.DataFrame:
-    return read_table(a, name).merge(
-        read_table(b, name), on=keys, how="outer", suffixes=("_a", "_b")
-    )
+def _joined(a: Path, b: Path, name: str, keys: list[str], numbers: list[str]) -> pd.DataFrame:
+    left, right = (read_table(folder, name, numbers) for folder in (a, b))
+    return left.merge(right, on=keys, how="outer", suffixes=("_a", "_b"))
 
 
 def compare_results(a: Path, b: Path) -> pd.DataFrame:
@@ -45,7 +46,7 @@ def compare_results(a: Path, b: Path) -> pd.DataFrame:
     Raises:
         BenchError: a folder holds no tables, or the radii are not the same.
     """
-    curves = _joined(a, b, "certified_accuracy.csv", [*POINT, "radius"])
+    curves = _joined(a, b, "certified_accuracy.csv", [*POINT, "radius"], CURVE)
     both = {
         side: set(
             curves.loc[curves[f"value_{side}"].notna(), POINT].itertuples(index=False, name=None)
@@ -99,7 +100,7 @@ def _end_at_zero(curves: pd.DataFrame, side: str) -> pd.DataFrame:
 
 
 def _compare_parameters(a: Path, b: Path) -> pd.DataFrame:
-    cost = _joined(a, b, "cost.csv", POINT)
+    cost = _joined(a, b, "cost.csv", POINT, ["trainable_parameters"])
     left, right = cost["trainable_parameters_a"], cost["trainable_parameters_b"]
     return cost[POINT].assign(
         quantity="trainable_parameters",

@@ -76,13 +76,17 @@ class DataSettings(Settings):
     @field_validator("directory")
     @classmethod
     def _home(cls, directory: str) -> str:
-        return os.path.expanduser(directory)
+        return os.path.normpath(os.path.expanduser(directory))
 
     @model_validator(mode="after")
     def _size_of_what_varies(self) -> "DataSettings":
         if self.image_size is not None and self.name not in RESIZED:
             raise ValueError(f"image_size means nothing to {self.name}, whose images have one size")
         return self
+
+    def defining(self) -> dict[str, Any]:
+        """The keys that define a training's numbers, for fingerprints: not where images lie."""
+        return self.model_dump(exclude={"directory"})
 
 
 class BackboneSettings(Settings):
@@ -97,6 +101,11 @@ class BackboneSettings(Settings):
     input_size: PositiveInt | None = None
     pretrained: bool = False
     weights: Annotated[str, Field(pattern=r"\.safetensors$")] | None = None
+
+    @field_validator("weights")
+    @classmethod
+    def _home(cls, weights: str | None) -> str | None:
+        return None if weights is None else os.path.expanduser(weights)
 
     @field_validator("arguments")
     @classmethod
@@ -206,13 +215,12 @@ class TrainingSettings(Settings):
         return self.steps * self.batch_size
 
     def defining(self) -> dict[str, Any]:
-        """The keys that define a training's numbers, for fingerprints.
+        """What defines a training's numbers, for fingerprints.
 
-        One that came later is left out at its default, so earlier results keep their fingerprints.
+        With what is made of the keys, since this module is not among the sources of a training.
         """
-        late = {"micro_batch_size": None, "processes": 1, "augmentation": "none"}
-        unused = {key for key, default in late.items() if getattr(self, key) == default}
-        return self.model_dump(exclude={"data", *unused})
+        made = {"steps": self.steps, "pass_size": self.pass_size}
+        return {**self.model_dump(exclude={"data"}), **made}
 
 
 class PretrainSettings(TrainingSettings):
@@ -598,9 +606,9 @@ class AttackSettings(Settings):
 
 
 class FigureSettings(Settings):
-    """How the figures show accuracy against cost."""
+    """How the figures show accuracy at one radius: this one, or that of each sigma."""
 
-    radius: NonNegativeFloat = 0.5
+    radius: NonNegativeFloat | None = None
     join_families: bool = False
 
 
@@ -646,19 +654,19 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _figures_have_a_radius(self) -> "Experiment":
-        if "radius" in self.figures.model_fields_set:
-            apart = abs(self.figures.radius - self.figures_radius)
-            if apart > 1e-6 * self.radius_step:
+        if (radius := self.figures.radius) is not None:
+            nearest = self.figures_radius(radius)
+            if abs(radius - nearest) > 1e-6 * self.radius_step:
                 raise ValueError(
-                    f"figures.radius = {self.figures.radius} is no multiple of radius_step = "
-                    f"{self.radius_step}: set it to {self.figures_radius:g}"
+                    f"figures.radius = {radius} is no multiple of radius_step = "
+                    f"{self.radius_step}: set it to {nearest:g}"
                 )
         return self
 
-    @property
-    def figures_radius(self) -> float:
-        """`figures.radius`, or the radius of the curves that is nearest its default."""
-        return round(round(self.figures.radius / self.radius_step) * self.radius_step, 10)
+    def figures_radius(self, sigma: float) -> float:
+        """Radius of figures at one: `figures.radius`, else `sigma`; of the curves the nearest."""
+        wanted = sigma if self.figures.radius is None else self.figures.radius
+        return round(round(wanted / self.radius_step) * self.radius_step, 10)
 
     @cached_property
     def base_fingerprint(self) -> str:
@@ -670,9 +678,7 @@ class Experiment(Settings):
         return self._pretraining_fingerprint(self.surrogates[name])
 
     def _pretraining_fingerprint(self, backbone: BackboneSettings) -> str:
-        # Fingerprints of experiments without the key stay what they were.
-        unset = {"weights"} if backbone.weights is None else set()
-        parts = [self.base_data.model_dump(), backbone.model_dump(exclude=unset)]
+        parts = [self.base_data.defining(), backbone.model_dump()]
         return sha256_json([*parts, self.pretrain.defining(), self.seeds[0]])
 
     @property
@@ -924,9 +930,10 @@ class Experiment(Settings):
         except ValueError as error:
             raise BenchError(f"methods.{method}.objective.{error}") from None
         training = self.method_training(method).defining()
-        start = [self.base_fingerprint, *map(self.surrogate_fingerprint, chosen.surrogates)]
-        if self.pretrain.data is not None:
-            start.append(sha256_json(self.data.model_dump()))
+        scratch = isinstance(chosen.parameterization, Scratch)
+        start = [sha256_json([self.data.defining(), self.backbone.model_dump()])]
+        start += [] if scratch else [self.base_fingerprint]
+        start += map(self.surrogate_fingerprint, chosen.surrogates)
         if chosen.noise_resolution != "native":
             start.append(chosen.noise_resolution)
         if chosen.start != BASE:

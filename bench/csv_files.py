@@ -1,5 +1,6 @@
 """Tables are read whole, or the reader says what is wrong with the file."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -7,12 +8,29 @@ import pandas as pd
 from bench.errors import BenchError
 
 
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table.
+def read_csv(path: Path, words: Sequence[str] = (), numbers: Sequence[str] = ()) -> pd.DataFrame:
+    """A table with these columns, and rows.
+
+    Args:
+        path: the file.
+        words: columns of text that there must be.
+        numbers: columns of numbers that there must be.
 
     Raises:
-        BenchError: the file is missing, or is no table.
+        BenchError: the file is missing, is no table, or lacks a column.
     """
+    table = _read(path)
+    if absent := [name for name in (*words, *numbers) if name not in table]:
+        raise BenchError(f"{path} has no column {absent[0]}: name a table that has it")
+    if words and table.empty:
+        raise BenchError(f"{path} has no rows: run its experiment again")
+    for name in numbers:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise BenchError(f"{path}: {name} must hold numbers: run its experiment again")
+    return table
+
+
+def _read(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path)
     except OSError as error:

@@ -348,8 +348,11 @@ def _class_names(folder: Path) -> list[str]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.glob("*/*") if not path.parent.name.startswith("."))
-    return sorted(path for path in files if path.suffix.lower() in IMAGE_KINDS)
+    found = (path for path in folder.glob("*/*") if not path.parent.name.startswith("."))
+    files = sorted(path for path in found if path.suffix.lower() in IMAGE_KINDS)
+    if broken := [path for path in files if not path.is_file()]:
+        raise BenchError(f"{broken[0]} is no file (a link to nothing?): mend or remove it")
+    return files
 
 
 def _no_images(folder: Path) -> BenchError:

@@ -20,6 +20,7 @@ from matplotlib.ticker import NullLocator
 
 from bench.config import Experiment
 from bench.csv_files import read_csv
+from bench.errors import BenchError
 from bench.files import atomic_write
 
 mpl.use("Agg")
@@ -123,9 +124,9 @@ def draw_figures(
     """Draw every comparison as SVG and PNG; noise_resolution where methods differ in it.
 
     Raises:
-        BenchError: a table is missing.
+        BenchError: a table is missing, or another experiment's.
     """
-    accuracy = read_csv(tables / "certified_accuracy.csv")
+    accuracy = _own(experiment, tables / "certified_accuracy.csv")
     cost = read_csv(tables / "cost.csv")
     reported = pd.DataFrame() if published is None else read_csv(published)
     summary, per_class = read_csv(tables / "summary.csv"), read_csv(tables / "per_class.csv")
@@ -133,7 +134,9 @@ def draw_figures(
     look = Look(accuracy)
     with mpl.rc_context(STYLE):
         save_figure(_curves(experiment, accuracy, reported, look), folder / "certified_accuracy")
-        points = _at_radius(accuracy, cost, experiment.figures_radius)
+        at_one = _at_radius(experiment, accuracy)
+        save_figure(_by_method(experiment, at_one, look), folder / "accuracy_by_method")
+        points = _with_costs(at_one, cost)
         parameters = "trained parameters, head included"
         figure = _scatter(experiment, points, "trainable_parameters", parameters, look)
         save_figure(figure, folder / "accuracy_vs_parameters")
@@ -150,6 +153,15 @@ def draw_figures(
         save_figure(_vote_shares(experiment, shares, look), folder / "vote_shares")
         if len(experiment.noise_resolutions) > 1:
             save_figure(_conventions(experiment, accuracy, look), folder / "noise_resolution")
+
+
+def _own(experiment: Experiment, path: Path) -> pd.DataFrame:
+    """A table of curves, which must be the experiment's."""
+    columns = ["radius", "value", "low", "high"]
+    table = read_csv(path, ["experiment", "method", "label", "family"], ["sigma", "seed", *columns])
+    if set(table["experiment"]) != {experiment.name}:
+        raise BenchError(f"{path} is not of {experiment.name}: name tables of this experiment")
+    return table
 
 
 def _panels(
@@ -376,9 +388,9 @@ def draw_attacks(experiment: Experiment, tables: Path, folder: Path) -> None:
     """Draw robust accuracy between certificates and attacks, as SVG and PNG.
 
     Raises:
-        BenchError: a table is missing.
+        BenchError: a table is missing, or another experiment's.
     """
-    attacks = read_csv(tables / "attacks.csv")
+    attacks = _own(experiment, tables / "attacks.csv")
     with mpl.rc_context(STYLE):
         save_figure(_attacks(experiment, attacks), folder / "attacks")
 
@@ -422,11 +434,55 @@ def _draw_bounds(axis: Axes, bounds: pd.DataFrame, colour: Any) -> None:
     axis.vlines(value.index, bounds["certified"], value, color=colour, alpha=0.2, linewidth=6)
 
 
-def _at_radius(accuracy: pd.DataFrame, cost: pd.DataFrame, radius: float) -> pd.DataFrame:
-    """Certified accuracy at `radius`, joined with the costs; no row where the curves have ended."""
-    kept = accuracy[np.isclose(accuracy["radius"], radius)]
+def _at_radius(experiment: Experiment, accuracy: pd.DataFrame) -> pd.DataFrame:
+    """Certified accuracy at the one radius of each sigma; no row where the curves have ended."""
+    radii = accuracy["sigma"].map(experiment.figures_radius)
+    return accuracy[np.isclose(accuracy["radius"], radii)]
+
+
+def _with_costs(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     columns = ["method", "sigma", "seed"]
-    return kept.merge(cost.drop(columns=["label", "family"]), on=columns)
+    return accuracy.merge(cost.drop(columns=["label", "family"]), on=columns)
+
+
+def _name_radii(experiment: Experiment, axes: list[Axes]) -> None:
+    """Title each panel with its sigma and the radius of what it shows."""
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        axis.set_title(f"σ = {sigma:g}, r = {experiment.figures_radius(sigma):g}", fontsize=11)
+
+
+def _words(experiment: Experiment, points: pd.DataFrame) -> str:
+    """Of the axis of certified accuracy at one radius."""
+    as_what = " as certified" if len(experiment.noise_resolutions) > 1 else ""
+    return f"certified accuracy (%) at r{as_what}\n{_sample(points)}"
+
+
+def _by_method(experiment: Experiment, points: pd.DataFrame, look: Look) -> Figure:
+    """Certified accuracy of every method by name, its seeds as ticks around their mean."""
+    legend = [Line2D([], [], color="0.3", marker="o", label="95 % interval")]
+    if points["seed"].nunique() > 1:
+        legend.append(Line2D([], [], color="0.3", marker="|", ls="none", label="one seed"))
+    figure, axes = _panels(experiment, legend)
+    names = list(look.colour)
+    figure.set_figheight(max(figure.get_figheight(), 1.2 + 0.23 * len(names)))
+    for axis, sigma in zip(axes, experiment.sigmas, strict=True):
+        part = points[np.isclose(points["sigma"], sigma)]
+        for place, method in enumerate(names):
+            own, colour = part[part["method"] == method], look.colour[method]
+            if own.empty:
+                continue
+            mean, low, high = 100 * own[["value", "low", "high"]].mean()
+            error = [[mean - low], [high - mean]]
+            style = {"color": colour, "marker": look.marker(method), "mec": "w", "mew": 0.5}
+            axis.errorbar(mean, place, xerr=error, markersize=7, elinewidth=1.2, **style)
+            if len(own) > 1:
+                axis.plot(100 * own["value"], [place] * len(own), "|", color=colour, ms=11)
+        axis.set(xlim=PERCENT)
+        axis.set_yticks(range(len(names)), [look.label[name] for name in names])
+    fit_bars(axes[0], len(names))
+    _name_radii(experiment, axes)
+    figure.supxlabel(_words(experiment, points).replace("\n", "; "), fontsize=10)
+    return figure
 
 
 def _scatter(
@@ -457,11 +513,9 @@ def _scatter(
         _label_decades(axis)
         if (points[column] == 0).any():
             _mark_zero(axis, zero)
-    words = f"at r = {experiment.figures_radius:g}"
-    if len(experiment.noise_resolutions) > 1:
-        words += " as certified"
+    _name_radii(experiment, axes)
     figure.supxlabel(xlabel, fontsize=10)
-    figure.supylabel(f"certified accuracy (%) {words}\n{_sample(points)}", fontsize=10)
+    figure.supylabel(_words(experiment, points), fontsize=10)
     return figure
 
 

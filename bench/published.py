@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.compare import POINT, joint_half_width, read_table
+from bench.compare import CURVE, POINT, joint_half_width, read_table
 from bench.config import Experiment
 from bench.csv_files import read_csv
 from bench.errors import BenchError
@@ -36,7 +36,8 @@ def build_published(
     Raises:
         BenchError: a named method is not in `published`, or a radius is not on our grid.
     """
-    curves, everything = read_csv(accuracy), read_csv(published)
+    curves = read_csv(accuracy, ["method", "label"], ["sigma", "seed", *CURVE])
+    everything = _published(published)
     parts = []
     for method, sigma, seed in experiment.points():
         name = experiment.methods[method].published
@@ -57,7 +58,7 @@ def check_published(experiment: Experiment, published: Path) -> None:
     Raises:
         BenchError: a named method is not in `published` at a sigma, or a radius is not on our grid.
     """
-    everything = read_csv(published)
+    everything = _published(published)
     for method, sigma, _ in experiment.points():
         if (name := experiment.methods[method].published) is None:
             continue
@@ -81,7 +82,7 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
             f"{folder} does not say what its methods reproduce: set methods.NAME.published in the "
             "experiment and run it again"
         ) from None
-    everything, parts = read_csv(published), []
+    everything, parts = _published(published), []
     for row in named.to_dict("records"):
         own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]
         name, sigma = row["published"], row["sigma"]
@@ -96,6 +97,11 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
     return table[
         [*POINT, "radius", "quantity", "a", "b", "difference", "joint_half_width", "agrees"]
     ]
+
+
+def _published(path: Path) -> pd.DataFrame:
+    words, numbers = ["method", "paper", "source"], ["sigma", "radius", "n_images"]
+    return read_csv(path, words, [*numbers, "certified_accuracy_percent"])
 
 
 def _named(

@@ -77,11 +77,20 @@ def baseline_folder(method: str, baseline: str) -> Path:
 
 
 def python_files(*places: str) -> list[Path]:
-    """The Python files at or below `places`, relative to this checkout."""
+    """The Python files at or below `places`, relative to this checkout.
+
+    Of a folder not `plan.py`, which says what a baseline will cost and defines no number.
+
+    Raises:
+        BenchError: there is no such place. Snakemake would leave out the rule that names it.
+    """
     found: list[Path] = []
     for place in places:
         path = ROOT / place
-        found += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        if not path.exists():
+            raise BenchError(f"there is no {place}: correct the rule that names it as its code")
+        below = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        found += [file for file in below if file == path or file.name != "plan.py"]
     return found
 
 

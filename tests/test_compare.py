@@ -96,6 +96,23 @@ def test_other_radii_are_an_error(ours: Path, tmp_path: Path) -> None:
         compare_results(ours, other)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda table: table.drop(columns="seed"), "has no column seed"),
+        (lambda table: table.assign(sigma="a quarter"), "sigma must hold numbers"),
+        (lambda table: table[:0], "has no rows"),
+    ],
+)
+def test_a_table_that_is_none_of_ours_is_named(ours: Path, tmp_path: Path, change, said) -> None:
+    other = write_results(tmp_path / "b", [400, 300, 100])
+    path = other / "tables/certified_accuracy.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    for pair in ((ours, other), (other, ours)):
+        with pytest.raises(BenchError, match=rf"certified_accuracy\.csv:? {said}"):
+            compare_results(*pair)
+
+
 def test_a_folder_without_tables_is_named(ours: Path, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="has no tables"):
         compare_results(ours, tmp_path)

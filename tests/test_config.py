@@ -186,7 +186,7 @@ def test_shipped_experiments_load(name):
     assert load_experiment(ROOT / f"config/{name}.yaml").name == name
 
 
-def test_fingerprint_follows_what_defines_the_numbers(smoke_values):
+def test_fingerprint_follows_what_defines_the_numbers(smoke_values, monkeypatch):
     original = parse_experiment(smoke_values, "x")
 
     def fingerprint(change) -> str:
@@ -200,7 +200,35 @@ def test_fingerprint_follows_what_defines_the_numbers(smoke_values):
     assert fingerprint(lambda v: v["methods"]["lora"].update(learning_rate=0.5)) != same
     assert fingerprint(lambda v: v["training"].update(images=1024)) != same
     assert fingerprint(lambda v: v["pretrain"].update(images=1024)) != same
+    assert fingerprint(lambda v: v["data"].update(validation_images=9)) != same
+    # Where images lie changes no number; how steps are counted is no training's source file.
+    assert fingerprint(lambda v: v["data"].update(directory="/elsewhere")) == same
+    monkeypatch.setattr(TrainingSettings, "steps", 7)
+    assert fingerprint(lambda v: None) != same
+    monkeypatch.undo()
     assert original.training_fingerprint("lora", 0.5, 1) != same
+
+
+def test_a_training_from_scratch_owes_nothing_to_the_base(smoke_values):
+    def fingerprints(**pretrain) -> list[str]:
+        values = copy.deepcopy(smoke_values)
+        values["pretrain"] |= pretrain
+        experiment = parse_experiment(values, "x")
+        names = ("gaussian_retraining", "lora")
+        return [experiment.training_fingerprint(name, 0.5, 0) for name in names]
+
+    (scratch, lora), (same, other) = fingerprints(), fingerprints(learning_rate=0.5)
+    assert scratch == same
+    assert lora != other
+
+
+def test_places_of_files_are_those_of_the_shell(smoke_values):
+    values = copy.deepcopy(smoke_values)
+    values["data"]["directory"] = "./data/"
+    values["backbone"]["weights"] = "~/w.safetensors"
+    experiment = parse_experiment(values, "x")
+    assert experiment.data.directory == "data"
+    assert experiment.backbone.weights == str(Path("~/w.safetensors").expanduser())
 
 
 def test_a_noise_level_that_an_objective_lacks_is_named(smoke_values):
@@ -213,7 +241,9 @@ def test_a_noise_level_that_an_objective_lacks_is_named(smoke_values):
 
 def test_figures_take_a_radius_of_the_curves(smoke_values):
     experiment = parse_experiment({**smoke_values, "radius_step": 0.2}, "x")
-    assert experiment.figures_radius == 0.4
+    assert [experiment.figures_radius(sigma) for sigma in (0.25, 0.5, 1)] == [0.2, 0.4, 1]
+    fixed = parse_experiment({**smoke_values, "figures": {"radius": 0.5}}, "x")
+    assert [fixed.figures_radius(sigma) for sigma in (0.25, 1)] == [0.5, 0.5]
     with pytest.raises(BenchError, match=r"figures\.radius = 0\.25 .* set it to 0\.2"):
         parse_experiment({**smoke_values, "radius_step": 0.1, "figures": {"radius": 0.25}}, "x")
 
@@ -235,10 +265,8 @@ def test_sigma_has_one_spelling():
     assert [sigma_text(s) for s in (0.5, 0.25, 1, 0.125)] == ["0.50", "0.25", "1.00", "0.125"]
 
 
-def test_a_micro_batch_changes_fingerprints_and_its_absence_none(smoke_values):
-    """Results from before the key existed must stay valid: their fingerprints knew no such key."""
+def test_a_micro_batch_changes_the_fingerprints_of_its_method_alone(smoke_values):
     experiment = parse_experiment(smoke_values, "x")
-    assert "micro_batch_size" not in experiment.training.defining()
     values = copy.deepcopy(smoke_values)
     values["methods"]["lora"]["training"] = {"micro_batch_size": 32}
     split = parse_experiment(values, "x")

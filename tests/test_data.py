@@ -107,6 +107,13 @@ def test_any_image_folder_is_a_data_set(image_folder):
         load_data(image_folder)
 
 
+def test_a_link_to_nothing_is_named(image_folder):
+    link = data_folder(image_folder) / "train/cat/9.png"
+    link.symlink_to("/nowhere/9.png")
+    with pytest.raises(BenchError, match=r"cat/9\.png is no file"):
+        fetch(image_folder)
+
+
 def test_pixels_of_more_than_8_bits_are_refused_and_not_cut_off(image_folder):
     deep = np.full((20, 30), 40_000, np.uint16)
     Image.fromarray(deep).save(data_folder(image_folder) / "test/cat/0.png")

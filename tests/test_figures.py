@@ -18,11 +18,13 @@ from bench.figures import (
     _apart,
     _at_radius,
     _base_and_smoothed,
+    _by_method,
     _classes,
     _conventions,
     _curves,
     _join_families,
     _vote_shares,
+    _with_costs,
     draw_figures,
 )
 from bench.statistics import accuracy_interval
@@ -31,6 +33,7 @@ PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
 SIGMAS = [0.25, 0.5, 1.0]
 NAMES = (
     "certified_accuracy",
+    "accuracy_by_method",
     "accuracy_vs_parameters",
     "accuracy_vs_compute",
     "base_and_smoothed",
@@ -60,7 +63,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory, experiment: Experiment) -> 
             hits = np.round(500 * np.clip(share, 0, 1))
             low, high = accuracy_interval(hits, 500)
             values = {"radius": radii, "value": hits / 500, "low": low, "high": high}
-            curves.append(pd.DataFrame({**point, **values, "n_images": 500}))
+            whose = {"experiment": experiment.name, **point}
+            curves.append(pd.DataFrame({**whose, **values, "n_images": 500}))
             trained = 0 if place == 0 else 10 ** (2 + place % 5)
             flops = {"training_flops": trained * 10**7, "base_training_flops": 10**13}
             costs.append({**point, "trainable_parameters": trained, **flops})
@@ -137,11 +141,37 @@ def test_published_curves_only_where_there_are_any(
     assert not pattern.findall((tmp_path / name).read_text())
 
 
-def test_costs_are_shown_at_the_radius_of_the_experiment(tables: Path) -> None:
+@pytest.mark.parametrize(("radius", "shown"), [(None, SIGMAS), (0.5, [0.5] * 3)])
+def test_costs_are_shown_at_the_radius_of_the_experiment(
+    tables: Path, experiment: Experiment, radius: float | None, shown: list[float]
+) -> None:
     accuracy = pd.read_csv(tables / "certified_accuracy.csv")
-    points = _at_radius(accuracy, pd.read_csv(tables / "cost.csv"), 0.5)
-    assert points["radius"].unique().tolist() == [0.5]
+    settings = experiment.figures.model_copy(update={"radius": radius})
+    at = experiment.model_copy(update={"figures": settings})
+    points = _with_costs(_at_radius(at, accuracy), pd.read_csv(tables / "cost.csv"))
+    assert points.groupby("sigma")["radius"].unique().tolist() == [[r] for r in shown]
     assert len(points) == accuracy.groupby(["method", "sigma"]).ngroups
+
+
+def test_methods_stand_by_name_with_the_mean_of_their_seeds(
+    tables: Path, experiment: Experiment
+) -> None:
+    one = _at_radius(experiment, pd.read_csv(tables / "certified_accuracy.csv"))
+    ends = one[["value", "low", "high"]]
+    points = pd.concat([one.assign(seed=seed, **(ends + 0.1 * seed)) for seed in (0, 1)])
+    figure = _by_method(experiment, points, Look(one))
+    plt.close(figure)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [method.label for method in experiment.methods.values()]
+    for axis, sigma in zip(figure.axes, SIGMAS, strict=True):
+        assert axis.get_title() == f"σ = {sigma:g}, r = {sigma:g}"
+        drawn = {line.get_ydata()[0]: line.get_xdata() for line in axis.lines}
+        means = [line for line in axis.lines if len(line.get_xdata()) == 1]
+        wanted = one[one["sigma"] == sigma].set_index("method")["value"]
+        for line in means:
+            method = list(experiment.methods)[int(line.get_ydata()[0])]
+            assert line.get_xdata() == pytest.approx([100 * (wanted[method] + 0.05)])
+        assert len(means) == len(drawn) == len(experiment.methods)
 
 
 def test_lines_join_each_family_in_order_of_cost() -> None:
@@ -261,6 +291,14 @@ def test_a_sigma_off_the_grid_of_radii_has_an_empty_place(
 def test_a_missing_table_is_named(experiment: Experiment, tmp_path: Path) -> None:
     with pytest.raises(BenchError, match=r"certified_accuracy\.csv is missing"):
         draw_figures(experiment, tmp_path, PUBLISHED, tmp_path)
+
+
+def test_tables_of_another_experiment_are_refused(
+    tables: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    other = experiment.model_copy(update={"name": "another"})
+    with pytest.raises(BenchError, match=r"certified_accuracy\.csv is not of another"):
+        draw_figures(other, tables, None, tmp_path)
 
 
 def test_curves_are_steps_that_end_at_zero(tables: Path, experiment: Experiment) -> None:

@@ -142,6 +142,53 @@ use rule train as train_mine with:
 """
 
 
+def test_a_copy_with_its_results_is_up_to_date(done, tmp_path):
+    shutil.copytree(done, tmp_path / "copy", symlinks=True)
+    assert "Nothing to be done" in snakemake(tmp_path / "copy", "-n", *SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("lost", "rule"),
+    [
+        ("certificates/lora/sigma_0.50/seed_0.json", "certify"),
+        ("models/lora/sigma_0.50/seed_0/training.json", "train"),
+    ],
+)
+def test_a_lost_file_is_made_again_where_it_is_read(done, lost, rule):
+    path = done / "results/smoke" / lost
+    path.rename(path.with_suffix(".away"))
+    try:
+        planned = snakemake(done, "-n", "--forcerun", "certify", "tables", "--", "tables", *SMOKE)
+    finally:
+        path.with_suffix(".away").rename(path)
+    assert f"rule {rule}:" in planned
+    assert str(path.relative_to(done)) in planned
+
+
+@pytest.mark.parametrize(
+    ("typo", "said"),
+    [
+        (('methods_of("mine")', 'methods_of("mien")'), 'methods_of("mine"): correct the name'),
+        (("TRAIN_CODE", 'training_code("mien")'), "there is no baselines/mien"),
+    ],
+)
+def test_a_slip_in_a_new_rule_is_told_though_all_has_run(done, typo, said):
+    """Snakemake takes what is there for sources, and would leave the new method out."""
+    path = done / "config/smoke.yaml"
+    original = path.read_text()
+    values = yaml.safe_load(original)
+    mine = {**values["methods"]["lora"], "label": "mine", "baseline": "mine"}
+    values["methods"]["mine"] = mine
+    (done / "baselines/mine").mkdir()
+    (done / "baselines/mine/rules.smk").write_text(NEW_RULE.replace(*typo))
+    try:
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        assert said in snakemake(done, "-n", *SMOKE, ok=False)
+    finally:
+        path.write_text(original)
+        shutil.rmtree(done / "baselines/mine")
+
+
 def test_a_new_folder_and_a_new_entry_reach_the_tables(done):
     path = done / "config/smoke.yaml"
     original = path.read_text()

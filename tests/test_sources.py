@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.errors import BenchError
 from bench.sources import ATTACK, CERTIFICATION, ROOT, TRAINING, python_files
 
 # Settings are in the fingerprints of the jobs that they define; the rest moves bytes and words.
@@ -66,3 +67,15 @@ def test_what_a_stage_imports_reruns_it(module, places):
 def test_no_list_names_what_is_gone():
     assert all((ROOT / place).exists() for place in (*TRAINING, *ATTACK))
     assert all((ROOT / name).exists() for name in NO_NUMBERS)
+
+
+def test_sources_that_are_not_there_are_named():
+    with pytest.raises(BenchError, match=r"there is no baselines/mien: correct the rule"):
+        python_files("bench/jobs.py", "baselines/mien")
+
+
+def test_what_a_baseline_will_cost_is_no_source_of_its_numbers():
+    names = {path.name for path in python_files("baselines/denoised_smoothing")}
+    assert "train.py" in names
+    assert "plan.py" not in names
+    assert [path.name for path in python_files("bench/plan.py")] == ["plan.py"]

@@ -12,6 +12,8 @@ rule train_diffusion:
         code=training_code("diffusion_denoising"),
     output:
         unet=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/diffusion_pytorch_model.safetensors",
+        config=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/config.json",
+        scheduler=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/scheduler_config.json",
         cost=f"{RESULTS}/models/{{method}}/unet/seed_{{seed}}/cost.json",
     log:
         f"{RESULTS}/logs/train_diffusion/{{method}}/seed_{{seed}}.log",

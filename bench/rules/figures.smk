@@ -1,4 +1,5 @@
 FIRST = [point for point in POINTS if point["seed"] == EXPERIMENT.seeds[0]]
+SHOWN = [f"{CERTIFICATES}.tsv".format(**point) for point in FIRST]
 
 
 rule figures:
@@ -11,6 +12,11 @@ rule figures:
             multiext(f"{FIGURES}/certified_accuracy", ".svg", ".png"),
             category="Figures",
             caption="../report/curves.rst",
+        ),
+        methods=report(
+            multiext(f"{FIGURES}/accuracy_by_method", ".svg", ".png"),
+            category="Figures",
+            caption="../report/by_method.rst",
         ),
         parameters=report(
             multiext(f"{FIGURES}/accuracy_vs_parameters", ".svg", ".png"),
@@ -64,9 +70,13 @@ rule figures:
 
 rule examples:
     input:
-        logs=[f"{CERTIFICATES}.tsv".format(**point) for point in FIRST],
+        logs=SHOWN,
+        protocols=sidecars(SHOWN),
         models=list(
             dict.fromkeys(model_file("classifier.json", **point) for point in FIRST)
+        ),
+        weights=list(
+            dict.fromkeys(model_file("model.safetensors", **point) for point in FIRST)
         ),
         data=DATA,
         code=code_of("bench/examples.py", "bench/figures.py", "bench/tables.py"),

@@ -2,6 +2,7 @@ POINTS = [
     dict(method=method, sigma=sigma_text(sigma), seed=seed)
     for method, sigma, seed in EXPERIMENT.points()
 ]
+LOGS = [f"{CERTIFICATES}.tsv".format(**point) for point in POINTS]
 TABLES = f"{RESULTS}/tables"
 # bench/report/workflow.rst, the front page, includes it.
 OVERVIEW = f"{RESULTS}/overview.rst"
@@ -9,7 +10,8 @@ OVERVIEW = f"{RESULTS}/overview.rst"
 
 rule tables:
     input:
-        logs=[f"{CERTIFICATES}.tsv".format(**point) for point in POINTS],
+        logs=LOGS,
+        protocols=sidecars(LOGS),
         costs=list(dict.fromkeys(model_file("cost.json", **point) for point in POINTS)),
         code=code_of(
             "bench/paired.py",
@@ -148,7 +150,8 @@ rule claims:
 rule overview:
     input:
         tables=rules.tables.output,
-        logs=rules.tables.input.logs,
+        logs=LOGS,
+        protocols=sidecars(LOGS),
         claims=judged_claims,
         code=code_of("bench/csv_files.py", "bench/overview.py"),
     output:
