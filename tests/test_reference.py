@@ -7,11 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.config import load_experiment
+from bench.config import load_experiment, sigma_text
+from bench.smoothing.log import read_own_log
+from bench.statistics import certified_accuracy
 from bench.tables import leaderboard
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "results/reference"
+LOGS = "certificates"
 RUNS = sorted(path.name for path in REFERENCE.iterdir() if path.is_dir())
 
 
@@ -44,6 +47,20 @@ def test_the_reference_holds_every_point_of_a_clean_run(name):
     assert points == list(experiment.points())
     assert not summary["git_dirty"].any()
     assert summary["git_revision"].nunique() == 1
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if (REFERENCE / name / LOGS).exists()])
+def test_the_tables_are_those_of_the_committed_logs(name):
+    curves = pd.read_csv(folder(name) / "certified_accuracy.csv")
+    summary = pd.read_csv(folder(name) / "summary.csv").set_index(["method", "sigma", "seed"])
+    columns = ["value", "low", "high", "n_images"]
+    for (method, sigma, seed), own in curves.groupby(["method", "sigma", "seed"]):
+        place = REFERENCE / name / LOGS / method / f"sigma_{sigma_text(sigma)}" / f"seed_{seed}.tsv"
+        protocol, log = read_own_log(place)
+        found = certified_accuracy(log, own["radius"])
+        pd.testing.assert_frame_equal(found[columns], own[columns].reset_index(drop=True))
+        assert protocol["git_revision"] == summary.loc[(method, sigma, seed), "git_revision"]
+        assert protocol["sigma"] == sigma
 
 
 def shown_table(corner):
