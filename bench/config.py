@@ -962,7 +962,7 @@ class Experiment(Settings):
 
     def attack_fingerprint(self, sigma: float, seed: int) -> str:
         """Hash of the settings that define one attack, the model's own aside."""
-        settings = self.attack_settings.model_dump(exclude={"methods", "sigmas"})
+        settings = self.attack_settings.part_of_log
         return sha256_json([self.certification_fingerprint(sigma, seed), settings])
 
 
