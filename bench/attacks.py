@@ -181,9 +181,9 @@ def attack_method(
     """
     begin, settings = time.perf_counter(), experiment.attack_settings
     check_log_name(output)
-    check_identity(model, identity_of(experiment, method, sigma, seed))
     spec = read_spec(model)
     data = resized(load_data(experiment.data), spec.noise_size)
+    check_identity(model, identity_of(experiment, method, sigma, seed), data)
     names = {"experiment": experiment.name, "method": method, "sigma": sigma, "seed": seed}
     of_the_model = {"model_sha256": spec.answers_sha256, "data_sha256": data.sha256}
     protocol, log = _certified_log(certificates, {**names, **of_the_model})
@@ -191,12 +191,11 @@ def attack_method(
     device = pick_device(experiment.gpus_per_job)
     images = data.test.batch(torch.tensor(log["idx"].to_numpy())).to(device)
     attack = _attack_on(experiment, model, protocol, images, data)
-    rows = attack_certificates(attack, images, log)
-    write_log(rows.to_dict("records"), output)
+    write_log(attack_certificates(attack, images, log).to_dict("records"), output)
     how = {**names, **of_the_model, **_meaning(settings, protocol), "n_images": len(log)}
-    how |= {"certificates_sha256": sha256_file(certificates), "log_sha256": sha256_file(output)}
-    how |= {"seconds": time.perf_counter() - begin, **provenance(device)}
-    write_json(output.with_suffix(".json"), how)
+    hashes = {"certificates_sha256": sha256_file(certificates), "log_sha256": sha256_file(output)}
+    spent = {"seconds": time.perf_counter() - begin, **provenance(device)}
+    write_json(output.with_suffix(".json"), {**how, **hashes, **spent})
 
 
 def _meaning(settings: AttackSettings, protocol: dict[str, Any]) -> dict[str, Any]:

@@ -129,9 +129,9 @@ def _task_of(
     experiment: Experiment, method: str, sigma: float, seed: int, model: Path, shard: int
 ) -> Task:
     """What is certified for an experiment, and how."""
-    check_identity(model, identity_of(experiment, method, sigma, seed))
     spec = _spec_at(model, method, experiment.point(method).noise_resolution)
     data = resized(load_data(experiment.data), spec.noise_size)
+    check_identity(model, identity_of(experiment, method, sigma, seed), data)
     settings, step = experiment.certification, experiment.radius_step
     wanted = spread(len(data.test.labels), settings.test_images)
     return Task(
@@ -363,6 +363,13 @@ def _any_known(values: list[bool | None]) -> bool | None:
 EACH = ("git_revision", "machine")
 
 
+def _check_apart(output: Path, shards: list[Path]) -> None:
+    """Refuse to write over a shard, or a log over its own sidecar."""
+    check_log_name(output)
+    if output.resolve() in [path.resolve() for path in shards]:
+        raise BenchError(f"--output {output} is one of the shards: name another file")
+
+
 def gather(shards: list[Path], output: Path) -> None:
     """Put the logs of all shards together.
 
@@ -370,9 +377,7 @@ def gather(shards: list[Path], output: Path) -> None:
         BenchError: they do not belong together or do not cover the images; or `output` is one of
             them, or does not end in .tsv.
     """
-    check_log_name(output)
-    if output.resolve() in [path.resolve() for path in shards]:
-        raise BenchError(f"--output {output} is one of the shards: name another file")
+    _check_apart(output, shards)
     read = [read_own_log(path) for path in shards]
     sidecars = [protocol for protocol, _ in read]
     own = {"n_images", "images_sha256", "log_sha256", *SPENT, "machine", "batch_size", *CHECKOUT}
@@ -384,8 +389,8 @@ def gather(shards: list[Path], output: Path) -> None:
     whole = pd.concat([log for _, log in read]).sort_values("idx")
     if whole["idx"].duplicated().any():
         raise BenchError(f"{shards[0]} and others list the same image: certify again")
-    found = sha256_json(whole["idx"].tolist())
-    if found != first.get("all_images_sha256", found):
+    images = sha256_json(whole["idx"].tolist())
+    if images != first.get("all_images_sha256", images):
         raise BenchError(f"{shards[0]} and others lack images of the run: name every shard")
     totals = {name: float(sum(s[name] for s in sidecars)) for name in SPENT}
     rows = whole[[field.name for field in fields(Certificate)]].to_dict("records")
@@ -397,7 +402,7 @@ def gather(shards: list[Path], output: Path) -> None:
         # A shard whose device had less memory may have halved its batches.
         "batch_size": min(sidecar["batch_size"] for sidecar in sidecars),
         "n_images": len(whole),
-        "images_sha256": found,
+        "images_sha256": images,
         "log_sha256": sha256_file(output),
         **{key: "; ".join(dict.fromkeys(s[key] for s in sidecars)) for key in EACH},
         "git_dirty": _any_known([sidecar["git_dirty"] for sidecar in sidecars]),

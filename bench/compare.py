@@ -19,7 +19,9 @@ POINT = ["method", "sigma", "seed"]
 CURVE = ["radius", "value", "low", "high", "n_images"]
 
 
-def read_table(folder: Path, name: str, numbers: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(
+    folder: Path, name: str, numbers: Sequence[str] = (), words: Sequence[str] = ()
+) -> pd.DataFrame:
     """A table of a result folder, by method, sigma and seed.
 
     Raises:
@@ -27,7 +29,7 @@ def read_table(folder: Path, name: str, numbers: Sequence[str] = ()) -> pd.DataF
     """
     for path in (folder / "tables" / name, folder / name):
         if path.exists():
-            return read_csv(path, ["method"], ["sigma", "seed", *numbers])
+            return read_csv(path, ["method", *words], ["sigma", "seed", *numbers])
     raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
 
 

@@ -9,20 +9,21 @@ from bench.errors import BenchError
 
 
 def read_csv(path: Path, words: Sequence[str] = (), numbers: Sequence[str] = ()) -> pd.DataFrame:
-    """A table with these columns, and rows.
+    """A table.
 
     Args:
         path: the file.
-        words: columns of text that there must be.
-        numbers: columns of numbers that there must be.
+        words: columns that there must be, and rows.
+        numbers: likewise, of numbers.
 
     Raises:
-        BenchError: the file is missing, is no table, or lacks a column.
+        BenchError: the file is missing, is no table, lacks a column or rows, or has text where
+            numbers must be.
     """
     table = _read(path)
     if absent := [name for name in (*words, *numbers) if name not in table]:
         raise BenchError(f"{path} has no column {absent[0]}: name a table that has it")
-    if words and table.empty:
+    if (words or numbers) and table.empty:
         raise BenchError(f"{path} has no rows: run its experiment again")
     for name in numbers:
         if not pd.api.types.is_numeric_dtype(table[name]):

@@ -22,6 +22,7 @@ from bench.config import Experiment
 from bench.csv_files import read_csv
 from bench.errors import BenchError
 from bench.files import atomic_write
+from bench.statistics import pool_seeds
 
 mpl.use("Agg")
 STYLE: dict[Any, Any] = {
@@ -124,7 +125,7 @@ def draw_figures(
     """Draw every comparison as SVG and PNG; noise_resolution where methods differ in it.
 
     Raises:
-        BenchError: a table is missing, or another experiment's.
+        BenchError: a table is missing, or the curves are of another experiment.
     """
     accuracy = _own(experiment, tables / "certified_accuracy.csv")
     cost = read_csv(tables / "cost.csv")
@@ -388,7 +389,7 @@ def draw_attacks(experiment: Experiment, tables: Path, folder: Path) -> None:
     """Draw robust accuracy between certificates and attacks, as SVG and PNG.
 
     Raises:
-        BenchError: a table is missing, or another experiment's.
+        BenchError: a table is missing, or the curves are of another experiment.
     """
     attacks = _own(experiment, tables / "attacks.csv")
     with mpl.rc_context(STYLE):
@@ -471,7 +472,8 @@ def _by_method(experiment: Experiment, points: pd.DataFrame, look: Look) -> Figu
             own, colour = part[part["method"] == method], look.colour[method]
             if own.empty:
                 continue
-            mean, low, high = 100 * own[["value", "low", "high"]].mean()
+            ends = np.clip(pool_seeds(own["value"], own["low"], own["high"]), 0, 1)
+            mean, low, high = (100 * float(end) for end in ends)
             error = [[mean - low], [high - mean]]
             style = {"color": colour, "marker": look.marker(method), "mec": "w", "mew": 0.5}
             axis.errorbar(mean, place, xerr=error, markersize=7, elinewidth=1.2, **style)

@@ -277,14 +277,20 @@ def read_spec(folder: Path) -> ClassifierSpec:
         raise BenchError(f"{path} is not a model folder of this version:\n{error}") from None
 
 
-def check_identity(folder: Path, expected: Identity) -> None:
+def check_identity(folder: Path, expected: Identity, data: Data | None = None) -> None:
     """Refuse a model folder that another experiment, method, sigma, seed or setting made.
+
+    Args:
+        folder: the model folder.
+        expected: whose it must be.
+        data: on what it must have been trained, if that counts: settings name no images.
 
     Raises:
         BenchError: names the first key that differs.
     """
     found = read_json(folder / "training.json")
-    for key, value in expected.model_dump().items():
+    images = {} if data is None else {"data_sha256": data.sha256}
+    for key, value in {**expected.model_dump(), **images}.items():
         if found.get(key) != value:
             raise BenchError(
                 f"{folder}/training.json: {key} is {found.get(key)!r}, this run needs {value!r}; "

@@ -74,14 +74,15 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
     Raises:
         BenchError: no method of `folder` names a published one, or `published` lacks it.
     """
-    curves = read_table(folder, "certified_accuracy.csv")
-    try:
-        named = read_table(folder, "published.csv")[[*POINT, "published"]].drop_duplicates()
-    except (BenchError, KeyError):
+    curves = read_table(folder, "certified_accuracy.csv", [*CURVE], ["label"])
+    places = (folder / "tables" / "published.csv", folder / "published.csv")
+    if not any(path.exists() for path in places):
         raise BenchError(
             f"{folder} does not say what its methods reproduce: set methods.NAME.published in the "
             "experiment and run it again"
-        ) from None
+        )
+    named = read_table(folder, "published.csv", words=["published"])
+    named = named[[*POINT, "published"]].drop_duplicates()
     everything, parts = _published(published), []
     for row in named.to_dict("records"):
         own = curves[(curves[POINT] == [row[key] for key in POINT]).all(axis=1)]

@@ -79,9 +79,9 @@ def app_of(folder: Path, access: Access, precision: str, max_batch: int = 1024) 
         )
     precision = pick_precision(precision, device)
     classifier = load_classifier(folder).for_inference(precision).to(device)
-    # All that the answers' bits depend on.
+    # All that the answers' bits depend on, the shape of a pass included.
     code = code_sha256({*model_sources(classifier), Path(__file__)})
-    parts = [spec.model_dump(), access, precision, code, versions(), machine(device)]
+    parts = [spec.model_dump(), access, precision, max_batch, code, versions(), machine(device)]
     described = Description(
         model=sha256_json(parts),
         access=access,

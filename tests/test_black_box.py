@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from safetensors.torch import load_file
 
 from baselines.black_box.prompts import FILTERS, ConstantPrompt, Coordinator, Filter, wiener
-from baselines.black_box.search import Prompted, Search, score_loss
+from baselines.black_box.search import Prompted, Search, pick_filter, score_loss
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.black_box.spsa import GradientCorrection, directions, spsa_gradient
 from baselines.black_box.train import train_black_box
@@ -447,14 +447,15 @@ def test_a_server_whose_answers_may_differ_is_another_model(job, monkeypatch):
         return described.model
 
     plain = identity()
-    assert identity(max_batch=8) == plain
+    assert identity() == plain
     others = [identity("probabilities"), identity("top1"), identity(precision="bfloat16")]
+    others.append(identity(max_batch=8))
     parts = {"code_sha256": lambda files: "", "versions": dict, "machine": lambda device: ""}
     for name, another in parts.items():
         with monkeypatch.context() as patch:
             patch.setattr(f"bench.serving.{name}", another)
             others.append(identity())
-    assert len({plain, *others}) == 7
+    assert len({plain, *others}) == 8
 
 
 def test_the_precision_of_a_served_network_is_not_known_here(tmp_path):
@@ -528,6 +529,35 @@ def test_a_filter_is_chosen_by_validation_accuracy_alone(job):
     assert cost["queries"] == len(FILTERS) * 64
     with pytest.raises(BenchError, match="give at least 448"):
         train_black_box(with_settings(filtered, "short", queries=447))
+    with pytest.raises(BenchError, match=r"settings\.draws: a filter is not searched for"):
+        train_black_box(with_settings(filtered, "searched", draws=2))
+
+
+def test_repeated_requests_leave_the_best_of_the_filters_that_were_paid_for():
+    split = ArraySplit(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.ones(4, dtype=torch.int64))
+    data = Data("toy", 2, (1, 8, 8), "d", split, split, split)
+    ledger, settings = Ledger(3), BlackBoxSettings(prompt="filter", queries=12)
+
+    def ask(pixels):
+        ledger.spend(len(pixels))
+        return torch.stack([-pixels.mean((1, 2, 3)), pixels.mean((1, 2, 3))], 1)
+
+    class Shift(torch.nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.by = torch.nn.Parameter(torch.tensor(by))
+
+        def forward(self, noisy):
+            return noisy + self.by
+
+    filters = {str(by): Shift(by) for by in (-9.0, 9.0, 8.0)}
+    model = Prompted(torch.nn.Identity(), ask)
+    with pytest.raises(BenchError, match="not one filter was checked"):
+        pick_filter(model, filters, data, settings, 0.1, 0)  # each check takes 4 of 3
+    ledger.budget, ledger.spent = 11, 0
+    chosen, progress = pick_filter(model, filters, data, settings, 0.1, 0)
+    assert (chosen, len(progress.checks), progress.ended) == ("9.0", 2, "query budget spent")
+    assert model.prompt is filters["9.0"]
 
 
 @pytest.mark.parametrize(

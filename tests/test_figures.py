@@ -27,7 +27,7 @@ from bench.figures import (
     _with_costs,
     draw_figures,
 )
-from bench.statistics import accuracy_interval
+from bench.statistics import accuracy_interval, pool_seeds
 
 PUBLISHED = Path(__file__).parents[1] / "results/published/fashion_mnist.csv"
 SIGMAS = [0.25, 0.5, 1.0]
@@ -167,10 +167,15 @@ def test_methods_stand_by_name_with_the_mean_of_their_seeds(
         assert axis.get_title() == f"σ = {sigma:g}, r = {sigma:g}"
         drawn = {line.get_ydata()[0]: line.get_xdata() for line in axis.lines}
         means = [line for line in axis.lines if len(line.get_xdata()) == 1]
-        wanted = one[one["sigma"] == sigma].set_index("method")["value"]
-        for line in means:
+        at_sigma = points[points["sigma"] == sigma]
+        bars = [bar.get_segments()[0] for bar in axis.collections]
+        for line, bar in zip(means, bars, strict=True):
             method = list(experiment.methods)[int(line.get_ydata()[0])]
-            assert line.get_xdata() == pytest.approx([100 * (wanted[method] + 0.05)])
+            own = at_sigma[at_sigma["method"] == method]
+            wanted = pool_seeds(own["value"], own["low"], own["high"])
+            assert [line.get_xdata()[0], *bar[:, 0]] == pytest.approx(
+                100 * np.clip(wanted, 0, 1), abs=1e-9
+            )
         assert len(means) == len(drawn) == len(experiment.methods)
 
 

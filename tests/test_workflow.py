@@ -43,8 +43,16 @@ def test_smoke_runs_every_rule_and_fills_the_tables(done):
     checks = pd.read_csv(done / "results/smoke/tables/soundness.csv")
     assert checks["method"].tolist() == experiment["attack"]["methods"]
     assert checks["broken"].tolist() == [0]
-    curves = ("certified_accuracy", "accuracy_vs_parameters", "accuracy_vs_compute")
-    for name in (*curves, "base_and_smoothed", "per_class", "vote_shares", "examples", "attacks"):
+    curves = ("certified_accuracy", "accuracy_by_method", "accuracy_vs_parameters")
+    for name in (
+        *curves,
+        "accuracy_vs_compute",
+        "base_and_smoothed",
+        "per_class",
+        "vote_shares",
+        "examples",
+        "attacks",
+    ):
         assert (done / f"figures/smoke/{name}.png").read_bytes()[1:4] == b"PNG"
     pickles = [p for p in (done / "results").rglob("*") if p.suffix in (".pt", ".pth", ".pkl")]
     assert not pickles

@@ -1,5 +1,6 @@
 """What training a prompt by queries takes, for `bench plan`."""
 
+from baselines.black_box.prompts import FILTERS
 from baselines.black_box.settings import BlackBoxSettings
 from baselines.black_box.train import PROMPTS
 from bench.plan import Line, Planned, Planner, parameter_bytes
@@ -17,4 +18,7 @@ def plan(planner: Planner, name: str) -> Planned:
     classifier.denoiser = prompt
     jobs, disk = planner.jobs(name), parameter_bytes(classifier)
     line = Line("train", name, jobs, memory_bytes=disk, disk_bytes=jobs * disk)
-    return Planned([line], classifier, jobs * settings.queries)
+    queries = settings.queries
+    if settings.prompt == "filter":
+        queries = len(FILTERS) * experiment.data.validation_images
+    return Planned([line], classifier, jobs * queries)

@@ -202,7 +202,7 @@ def pick_filter(
     """Name of the filter with the highest validation accuracy under noise; `model` ends with it.
 
     Raises:
-        BenchError: the budget does not pay for a check of each.
+        BenchError: the budget does not pay for a check of each, or repeats have spent it.
     """
     least = len(filters) * len(data.validation.labels)
     if settings.queries < least:
@@ -211,10 +211,16 @@ def pick_filter(
             f"filters: give at least {least}, or lower data.validation_images"
         )
     progress, begin = Progress(torch.empty(0), ended="all filters tried"), time.perf_counter()
-    for name, prompt in filters.items():
-        model.prompt = prompt
-        found = accuracy(model, data.validation, sigma, seed)
-        progress.checks.append({"filter": name, "validation_accuracy": found})
+    try:
+        for name, prompt in filters.items():
+            model.prompt = prompt
+            found = accuracy(model, data.validation, sigma, seed)
+            progress.checks.append({"filter": name, "validation_accuracy": found})
+    except BudgetSpent:
+        # Only requests that had to be repeated bring it here.
+        progress.ended = "query budget spent"
+    if not progress.checks:
+        raise BenchError("not one filter was checked within settings.queries: see to the server")
     best = max(progress.checks, key=lambda check: check["validation_accuracy"])["filter"]
     model.prompt, progress.seconds = filters[best], time.perf_counter() - begin
     return best, progress

@@ -8,6 +8,9 @@ from baselines.settings import BaselineSettings
 from bench.config import Access, Experiment
 from bench.errors import BenchError
 
+# Keys of the search alone.
+SEARCH = {"checks", "fall", "draws", "averages", "c", "o", "alpha", "gamma", "momentum"}
+
 
 class BlackBoxSettings(BaselineSettings):
     """What the black box shows, which prompt is trained, and how SPSA-GC spends the queries.
@@ -56,6 +59,10 @@ class BlackBoxSettings(BaselineSettings):
         if settings.prompt == "filter" and trains:
             raise BenchError(
                 f"methods.{method}.learning_rate: a filter is chosen, not trained: remove it"
+            )
+        if settings.prompt == "filter" and (idle := SEARCH & settings.model_fields_set):
+            raise BenchError(
+                f"methods.{method}.settings.{min(idle)}: a filter is not searched for: remove it"
             )
         if settings.prompt != "filter" and not trains:
             raise BenchError(f"methods.{method}.learning_rate is missing: a prompt is trained")

@@ -1,7 +1,5 @@
 # With braces that are left for the wildcards when `gather` has put its own in.
-SHARD = (
-    CERTIFICATES.replace("{", "{{").replace("}", "}}") + ".shards/{scatteritem}"
-)
+SHARD = CERTIFICATES.replace("{", "{{").replace("}", "}}") + ".shards/{scatteritem}"
 SHARDS = EXPERIMENT.certification.shards
 CERTIFY = (
     "python -m bench certify-method --experiment {params.experiment:q}"

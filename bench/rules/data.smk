@@ -35,13 +35,13 @@ if BASE_DATA != DATA:
             ),
 
 
-if weights_are_fetched(EXPERIMENT.backbone):
+if FETCHED_WEIGHTS is not None:
 
     rule fetch_weights:
         input:
             code=code_of("bench/weights.py"),
         output:
-            EXPERIMENT.backbone.weights,
+            FETCHED_WEIGHTS,
         log:
             f"{RESULTS}/logs/fetch_weights.log",
         benchmark:

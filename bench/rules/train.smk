@@ -1,7 +1,7 @@
 rule pretrain:
     input:
         data=BASE_DATA,
-        weights=weights_of(EXPERIMENT.backbone),
+        weights=weights_of("backbone", EXPERIMENT.backbone),
         code=TRAIN_CODE,
     output:
         multiext(
@@ -37,7 +37,10 @@ BASE = rules.pretrain.output
 use rule pretrain as pretrain_surrogate with:
     input:
         data=BASE_DATA,
-        weights=lambda wildcards: weights_of(EXPERIMENT.surrogates[wildcards.surrogate]),
+        weights=lambda wildcards: weights_of(
+            f"surrogates.{wildcards.surrogate}",
+            EXPERIMENT.surrogates[wildcards.surrogate],
+        ),
         code=TRAIN_CODE,
     output:
         multiext(
