@@ -120,6 +120,16 @@ def test_the_shown_pretrained_vit_is_that_of_the_tables():
             assert cell == percent(at(curves, sigma, radius, label=label)["value"])
 
 
+def test_the_shown_resolutions_are_those_of_the_tables():
+    curves = pd.read_csv(folder("noise_resolution") / "certified_accuracy.csv")
+    (heads, *rows) = (table := shown_table("noise_resolution")).values()
+    points = [numbers_in(head.split(", ")) for head in heads]
+    assert set(list(table)[1:]) == set(curves["label"])
+    for label, cells in zip(list(table)[1:], rows, strict=True):
+        for (sigma, radius), cell in zip(points, cells, strict=True):
+            assert cell == percent(at(curves, sigma, radius, label=label)["value"])
+
+
 def test_the_shown_denoisers_are_those_of_the_tables():
     curves = pd.read_csv(folder("denoisers") / "certified_accuracy.csv")
     fronts = ("none", "mse", "stability", "diffusion")
