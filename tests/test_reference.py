@@ -63,9 +63,9 @@ def test_the_tables_are_those_of_the_committed_logs(name):
         assert protocol["sigma"] == sigma
 
 
-def shown_table(corner):
-    """The table of docs/results.md with this text in its corner: each row's cells by its first."""
-    lines = (ROOT / "docs/results.md").read_text().splitlines()
+def shown_table(corner, page="docs/results.md"):
+    """The table of a page with this text in its corner: each row's cells by its first."""
+    lines = (ROOT / page).read_text().splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith(f"| {corner} |"))
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
@@ -128,6 +128,29 @@ def test_the_shown_resolutions_are_those_of_the_tables():
     for label, cells in zip(list(table)[1:], rows, strict=True):
         for (sigma, radius), cell in zip(points, cells, strict=True):
             assert cell == percent(at(curves, sigma, radius, label=label)["value"])
+
+
+def test_the_shown_black_box_is_that_of_the_tables():
+    curves = pd.read_csv(folder("black_box") / "certified_accuracy.csv")
+    pairs = pd.read_csv(folder("black_box") / "paired.csv")
+    cost = pd.read_csv(folder("black_box") / "cost.csv").set_index("label")["trainable_parameters"]
+    table = shown_table("black_box", "docs/black-box.md")
+    (_, *heads, _), *rows = table.values()
+    radii, ours = numbers_in(heads), "coordinator_logits"
+    assert list(table)[1:] == curves["label"].drop_duplicates().tolist()
+    for label, (weights, *cells, above) in zip(list(table)[1:], rows, strict=True):
+        assert int(weights.replace(",", "")) == cost[label]
+        shown = [at(curves, 0.5, radius, label=label) for radius in radii]
+        assert cells == [percent(row["value"]) for row in shown]
+        if (method := shown[0]["method"]) == ours:
+            assert not above
+            continue
+        names = sorted((ours, method), key=curves["method"].tolist().index)
+        pair = at(pairs, 0.5, radii[-1], method_a=names[0], method_b=names[1])
+        ends = [100 * pair[key] for key in ("difference", "low", "high")]
+        if names[0] == method:
+            ends = [-ends[0], -ends[2], -ends[1]]
+        assert above == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*ends)
 
 
 def test_the_shown_denoisers_are_those_of_the_tables():
