@@ -9,7 +9,7 @@ import pytest
 
 from bench.config import load_experiment, sigma_text
 from bench.smoothing.log import read_own_log
-from bench.statistics import certified_accuracy
+from bench.statistics import certified_accuracy, pool_seeds
 from bench.tables import leaderboard
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +128,25 @@ def test_the_shown_resolutions_are_those_of_the_tables():
     for label, cells in zip(list(table)[1:], rows, strict=True):
         for (sigma, radius), cell in zip(points, cells, strict=True):
             assert cell == percent(at(curves, sigma, radius, label=label)["value"])
+
+
+def test_the_shown_seeds_are_those_of_the_tables():
+    curves = pd.read_csv(folder("seeds") / "certified_accuracy.csv")
+    pairs = pd.read_csv(folder("seeds") / "paired.csv")
+    (*heads, _, _), *rows = (table := shown_table("seeds")).values()
+    assert list(table)[1:] == curves["label"].drop_duplicates().tolist()
+    for label, (*cells, spread, above) in zip(list(table)[1:], rows, strict=True):
+        own = curves[curves["label"] == label]
+        values = [own.loc[np.isclose(own["radius"], r), "value"] for r in numbers_in(heads)]
+        assert cells == [percent(value.mean()) for value in values]
+        assert spread == f"{100 * values[2].std():.1f}"
+        pair = pairs[np.isclose(pairs["radius"], 0.5) & (pairs["method_a"] == "lora")]
+        pair = pair[pair["method_b"] == own["method"].iloc[0]]
+        if len(pair):
+            ends = pool_seeds(pair["difference"], pair["low"], pair["high"])
+            assert above == "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
+        else:
+            assert not above
 
 
 def test_the_shown_black_box_is_that_of_the_tables():
