@@ -465,7 +465,7 @@ def _by_method(experiment: Experiment, points: pd.DataFrame, look: Look) -> Figu
         legend.append(Line2D([], [], color="0.3", marker="|", ls="none", label="one seed"))
     figure, axes = _panels(experiment, legend)
     names = list(look.colour)
-    figure.set_figheight(max(figure.get_figheight(), 1.2 + 0.23 * len(names)))
+    figure.set_figheight(max(figure.get_figheight(), 1.4 + 0.23 * len(names)))
     for axis, sigma in zip(axes, experiment.sigmas, strict=True):
         part = points[np.isclose(points["sigma"], sigma)]
         for place, method in enumerate(names):
@@ -476,14 +476,14 @@ def _by_method(experiment: Experiment, points: pd.DataFrame, look: Look) -> Figu
             mean, low, high = (100 * float(end) for end in ends)
             error = [[mean - low], [high - mean]]
             style = {"color": colour, "marker": look.marker(method), "mec": "w", "mew": 0.5}
-            axis.errorbar(mean, place, xerr=error, markersize=7, elinewidth=1.2, **style)
+            axis.errorbar(mean, place, xerr=error, markersize=5, elinewidth=1.2, **style)
             if len(own) > 1:
                 axis.plot(100 * own["value"], [place] * len(own), "|", color=colour, ms=11)
         axis.set(xlim=PERCENT)
         axis.set_yticks(range(len(names)), [look.label[name] for name in names])
     fit_bars(axes[0], len(names))
     _name_radii(experiment, axes)
-    figure.supxlabel(_words(experiment, points).replace("\n", "; "), fontsize=10)
+    figure.supxlabel(_words(experiment, points), fontsize=10)
     return figure
 
 
