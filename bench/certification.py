@@ -322,7 +322,7 @@ def _sources(classifier: Classifier) -> set[Path]:
 
 
 class Progress:
-    """Running text: certified correctly so far with interval, samples per image.
+    """Running text: certified correctly of the first images, with interval; samples per image.
 
     Images end in an order that depends on how clear their votes are, so those that have ended are
     no sample of all; the first ones of `ids` that have all ended are.

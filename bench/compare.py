@@ -19,6 +19,12 @@ POINT = ["method", "sigma", "seed"]
 CURVE = ["radius", "value", "low", "high", "n_images"]
 
 
+def find_table(folder: Path, name: str) -> Path | None:
+    """Where a result folder, or its folder of tables, has a table."""
+    places = (folder / "tables" / name, folder / name)
+    return next((path for path in places if path.exists()), None)
+
+
 def read_table(
     folder: Path, name: str, numbers: Sequence[str] = (), words: Sequence[str] = ()
 ) -> pd.DataFrame:
@@ -27,10 +33,9 @@ def read_table(
     Raises:
         BenchError: it has none of that name, or it lacks a column.
     """
-    for path in (folder / "tables" / name, folder / name):
-        if path.exists():
-            return read_csv(path, ["method", *words], ["sigma", "seed", *numbers])
-    raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
+    if (path := find_table(folder, name)) is None:
+        raise BenchError(f"{folder} has no tables/{name}: name a result folder, e.g. results/quick")
+    return read_csv(path, ["method", *words], ["sigma", "seed", *numbers])
 
 
 def _joined(a: Path, b: Path, name: str, keys: list[str], numbers: list[str]) -> pd.DataFrame:

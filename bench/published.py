@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bench.compare import CURVE, POINT, joint_half_width, read_table
+from bench.compare import CURVE, POINT, find_table, joint_half_width, read_table
 from bench.config import Experiment
 from bench.csv_files import read_csv
 from bench.errors import BenchError
@@ -75,8 +75,7 @@ def compare_with_published(folder: Path, published: Path) -> pd.DataFrame:
         BenchError: no method of `folder` names a published one, or `published` lacks it.
     """
     curves = read_table(folder, "certified_accuracy.csv", [*CURVE], ["label"])
-    places = (folder / "tables" / "published.csv", folder / "published.csv")
-    if not any(path.exists() for path in places):
+    if find_table(folder, "published.csv") is None:
         raise BenchError(
             f"{folder} does not say what its methods reproduce: set methods.NAME.published in the "
             "experiment and run it again"
