@@ -1,5 +1,6 @@
 """Black box: SPSA against calculus, exact query counts, the guard, a served model as the same."""
 
+import copy
 import json
 import socket
 import threading
@@ -565,9 +566,9 @@ def test_repeated_requests_leave_the_best_of_the_filters_that_were_paid_for():
     [("filter", 0.1, "chosen, not trained"), ("constant", None, "learning_rate is missing")],
 )
 def test_a_learning_rate_goes_with_what_is_trained(smoke_values, prompt, rate, complaint):
-    method = smoke_values["methods"]["black_box"]
-    method |= {"learning_rate": rate, "settings": {"prompt": prompt}}
-    experiment = parse_experiment(smoke_values, "test")
+    values = copy.deepcopy(smoke_values)
+    values["methods"]["black_box"] |= {"learning_rate": rate, "settings": {"prompt": prompt}}
+    experiment = parse_experiment(values, "test")
     with pytest.raises(BenchError, match=complaint):
         BlackBoxSettings.check(experiment)
 
